@@ -1,0 +1,1 @@
+"""Compiled artefacts of a generation, each verified against torch."""

@@ -1,0 +1,171 @@
+"""Target `onnx-locator`: projection, all tasks' VAEs and the decision, as one graph.
+
+It does not know how features are read from the base model; `facts` name the feature and the layer it is read at.
+Read first: the graph computes what `runtime.model.locator.Locator` computes; the VAEs are stacked, so all tasks run in
+one batched matmul per linear, and the half of the encoder that only training needs is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from exporters.manifest import Facts, FileEntry
+from exporters.onnx_graph import Progress, build_model, write_verified
+from exporters.verify import SIZES, TOLERANCE, Case, Wanted
+from runtime.errors import InvalidInputError
+from runtime.model.generation import Generation
+from runtime.model.locator import LATENT, Locator, decode, project
+
+FILE_NAME = "locator.onnx"
+
+_LINEARS = ("encode", "mu", "decode", "output")
+
+_ERRORS = """
+    centred = Sub(features, frame_mean)
+    normalised = Div(centred, frame_deviation)
+    projected = MatMul(normalised, frame_projection)
+    encode_product = MatMul(projected, encode_weight)
+    encode_sum = Add(encode_product, encode_bias)
+    encoded = Relu(encode_sum)
+    mu_product = MatMul(encoded, mu_weight)
+    latent = Add(mu_product, mu_bias)
+    decode_product = MatMul(latent, decode_weight)
+    decode_sum = Add(decode_product, decode_bias)
+    decoded = Relu(decode_sum)
+    output_product = MatMul(decoded, output_weight)
+    reconstruction = Add(output_product, output_bias)
+    difference = Sub(projected, reconstruction)
+    square = Mul(difference, difference)
+    axis_features = Constant<value_ints = [2]>()
+    errors_by_task = ReduceMean<keepdims = 0>(square, axis_features)
+    errors = Transpose<perm = [1, 0]>(errors_by_task)
+"""
+
+_SCORES = {
+    "raw": """
+    scores = Identity(errors)
+""",
+    "z": """
+    excess = Sub(errors, error_mean)
+    scores = Div(excess, error_sd)
+""",
+    "abs_z": """
+    excess = Sub(errors, error_mean)
+    z = Div(excess, error_sd)
+    scores = Abs(z)
+""",
+}
+
+_MARGIN = {
+    "no rival": """
+    column_shape = Shape(task)
+    margin = ConstantOfShape<value = float[1] {0.0}>(column_shape)
+""",
+    "rivals": """
+    best_score, next_score = Split<axis = 1, num_outputs = 2>(best_scores)
+    lead = Sub(next_score, best_score)
+    margin = Squeeze(lead, axis_tasks)
+""",
+}
+
+_DECISION = """
+    num_best = Constant<value_ints = [%d]>()
+    best_scores, best_tasks = TopK<axis = 1, largest = 0>(scores, num_best)
+    first = Constant<value_ints = [0]>()
+    second = Constant<value_ints = [1]>()
+    axis_tasks = Constant<value_ints = [1]>()
+    best_task = Slice(best_tasks, first, second, axis_tasks)
+    best_error = GatherElements<axis = 1>(errors, best_task)
+    best_threshold = Gather(threshold, best_task)
+    near = LessOrEqual(best_error, best_threshold)
+    none = Constant<value_ints = [-1]>()
+    task_or_none = Where(near, best_task, none)
+    task = Squeeze(task_or_none, axis_tasks)
+"""
+
+
+def write_locator(generation: Generation, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
+    """Write `locator.onnx` into `folder`, verified.
+
+    Raises:
+        InvalidInputError: the generation holds no task.
+        ExportMismatchError: see `exporters.verify`.
+    """
+    locator, reference = generation.locator, generation.manifest.locator
+    if not locator.tasks:
+        raise InvalidInputError("generation", generation.manifest.generation, "it holds no task that could be located")
+    facts: Facts = {
+        "tasks": list(locator.tasks),
+        "score": reference.score,
+        "feature": reference.feature,
+        "layer": reference.layer,
+    }
+    model = build_model(_graph(locator), _tensors(locator), facts)
+    return (write_verified(folder / FILE_NAME, model, facts, locator_cases(locator), on_progress),)
+
+
+def _graph(locator: Locator) -> str:
+    width, num_tasks = locator.frame["mean"].shape[0], len(locator.tasks)
+    outputs = f"float[B, {num_tasks}] errors, float[B, {num_tasks}] scores, int64[B] task, float[B] margin"
+    decision = _DECISION % min(2, num_tasks)
+    margin = _MARGIN["rivals" if num_tasks > 1 else "no rival"]
+    body = _ERRORS + _SCORES[locator.score] + decision + margin
+    return f"locator (float[B, {width}] features) => ({outputs}) {{{body}}}"
+
+
+def _tensors(locator: Locator) -> dict[str, torch.Tensor]:
+    tensors = {f"frame_{name}": tensor for name, tensor in locator.frame.items()}
+    for name in _LINEARS:
+        tensors[f"{name}_weight"] = locator.stacked[f"{name}.weight"].transpose(1, 2).contiguous()  # [N, in, out]
+        tensors[f"{name}_bias"] = locator.stacked[f"{name}.bias"].unsqueeze(1)  # [N, 1, out]
+    tensors["threshold"] = locator.thresholds
+    if locator.score != "raw":
+        tensors |= {"error_mean": locator.means, "error_sd": locator.deviations}
+    return tensors
+
+
+def locator_cases(locator: Locator) -> Iterator[Case]:
+    """Seeded features of every size in `SIZES`, with what torch makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    for size in SIZES:
+        features = _features(locator, size, generator)
+        errors = locator.errors(features)
+        scores = locator.scores(errors)
+        energy = project(locator.frame, features).square().mean(1, keepdim=True)
+        error_scale = torch.maximum(errors, energy)  # [B, N]
+        score_scale = error_scale
+        if locator.score != "raw":
+            score_scale = (error_scale + locator.means.abs()) / locator.deviations
+        margin_scale = score_scale.max(1).values
+        decisions = locator.locate(features)
+        margin = torch.tensor([decision.margin for decision in decisions])
+        best = scores.argmin(1)
+        distance = (errors[torch.arange(size), best] - locator.thresholds[best]).abs()
+        settled = distance > TOLERANCE * error_scale.max(1).values.clamp(min=1)
+        if len(locator.tasks) > 1:
+            settled &= margin > TOLERANCE * margin_scale.clamp(min=1)
+        index = [-1 if decision.task is None else locator.tasks.index(decision.task) for decision in decisions]
+        yield Case(
+            size=size,
+            inputs={"features": features},
+            outputs={
+                "errors": Wanted(errors, scale=error_scale),
+                "scores": Wanted(scores, scale=score_scale),
+                "task": Wanted(torch.tensor(index), settled=settled),
+                "margin": Wanted(margin, scale=margin_scale),
+            },
+        )
+
+
+def _features(locator: Locator, size: int, generator: torch.Generator) -> torch.Tensor:
+    """[B, D]: every third row is noise of the frame's mean and deviation, the others are what a task's VAE decodes."""
+    mean, deviation, projection = (locator.frame[name] for name in ("mean", "deviation", "projection"))
+    rows = torch.arange(size)
+    noise = torch.randn(size, mean.shape[0], generator=generator)
+    latent = torch.randn(len(locator.tasks), size, LATENT, generator=generator)
+    decoded = decode(locator.stacked, latent)[rows % len(locator.tasks), rows]  # [B, 256]
+    normalised = torch.where((rows % 3 == 2).unsqueeze(1), noise, decoded @ torch.linalg.pinv(projection))
+    return mean + deviation * normalised

@@ -1,0 +1,128 @@
+"""Target `onnx-router`: a task's top-k routers of all layers, as one graph per task.
+
+It does not know the experts, only the columns they stand for; `facts` name them.
+Read first: the routers of all layers are stacked over the task's whole visible set. Slot 0 is a layer without any
+expert, and a layer that has no router falls into it: its weights are all zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from exporters.manifest import Facts, FileEntry
+from exporters.onnx_graph import Progress, build_model, write_verified
+from exporters.verify import SIZES, TOLERANCE, Case, Wanted
+from runtime.kernels.routing import top_k_weights
+from runtime.model.generation import Generation, Mixture
+from runtime.model.manifest import Manifest
+
+_GRAPH = """
+router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {{
+    here = Equal(layers, layer)
+    zero = Constant<value_int = 0>()
+    slot_or_zero = Where(here, slots, zero)
+    slot = ReduceMax<keepdims = 0>(slot_or_zero)
+    router_weight = Gather<axis = 0>(router_weights, slot)
+    has_expert = Gather<axis = 0>(has_experts, slot)
+    logits = MatMul(x, router_weight)
+    never = Constant<value_float = -1e30>()
+    masked = Where(has_expert, logits, never)
+    num_chosen = Constant<value_ints = [{num_chosen}]>()
+    chosen_logits, columns = TopK<axis = 1>(masked, num_chosen)
+    probabilities = Softmax<axis = 1>(chosen_logits)
+    is_real = Greater(chosen_logits, never)
+    nothing = Constant<value_float = 0.0>()
+    chosen_weights = Where(is_real, probabilities, nothing)
+    shape = Shape(logits)
+    no_weights = ConstantOfShape<value = float[1] {{0.0}}>(shape)
+    weights = ScatterElements<axis = 1>(no_weights, columns, chosen_weights)
+}}
+"""
+
+
+def write_routers(generation: Generation, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
+    """Write `<task>.onnx` into `folder` for every task, verified; a task that sees no expert has no router to write.
+
+    Raises:
+        ExportMismatchError: see `exporters.verify`.
+    """
+    entries = []
+    for mixture in generation.mixtures.values():
+        visible = generation.manifest.task(mixture.task).router.visible
+        if not visible:
+            continue
+        facts: Facts = {
+            "task": mixture.task,
+            "columns": list(visible),
+            "layers": list(mixture.routers),
+            "top_k": mixture.top_k,
+        }
+        columns = router_columns(generation.manifest, mixture.task)
+        graph = _GRAPH.format(
+            width=generation.manifest.base.width,
+            num_experts=len(visible),
+            num_chosen=min(mixture.top_k, len(visible)),
+        )
+        model = build_model(graph, _tensors(mixture, columns, len(visible)), facts)
+        cases = router_cases(mixture, columns, len(visible))
+        entries.append(write_verified(folder / f"{mixture.task}.onnx", model, facts, cases, on_progress))
+    return tuple(entries)
+
+
+def router_columns(manifest: Manifest, task: str) -> dict[int, list[int]]:
+    """For every layer the columns of the experts that have it, in the order of the router's rows."""
+    columns: dict[int, list[int]] = {}
+    for column, digest in enumerate(manifest.task(task).router.visible):
+        for unit in manifest.expert_set(digest).units:
+            columns.setdefault(unit.layer, []).append(column)
+    return columns
+
+
+def _tensors(mixture: Mixture, columns: dict[int, list[int]], num_experts: int) -> dict[str, torch.Tensor]:
+    num_slots, width = len(mixture.routers) + 1, next(iter(mixture.routers.values())).weight.shape[1]
+    weights = torch.zeros(num_slots, width, num_experts)
+    has_experts = torch.zeros(num_slots, num_experts, dtype=torch.bool)
+    for slot, (layer, router) in enumerate(mixture.routers.items(), start=1):
+        weights[slot, :, columns[layer]] = router.weight.t()
+        has_experts[slot, columns[layer]] = True
+    return {
+        "layers": torch.tensor(list(mixture.routers)),
+        "slots": torch.arange(1, num_slots),
+        "router_weights": weights,
+        "has_experts": has_experts,
+    }
+
+
+def router_cases(mixture: Mixture, columns: dict[int, list[int]], num_experts: int) -> Iterator[Case]:
+    """Seeded tokens of every size in `SIZES` for every layer with a router, and two without, with torch's weights.
+
+    Rows have a root mean square of 0.1 to 10, as behind the normalisation that precedes an FFN.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width = next(iter(mixture.routers.values())).weight.shape[1]
+    for size in SIZES:
+        magnitude = 10 ** (torch.rand(size, 1, generator=generator) * 2 - 1)
+        x = torch.randn(size, width, generator=generator) * magnitude
+        for layer in (*mixture.routers, max(mixture.routers) + 1, -1):
+            weights = torch.zeros(size, num_experts)
+            wanted = Wanted(weights)
+            if layer in mixture.routers:
+                logits = x @ mixture.routers[layer].weight.t()
+                k = torch.full((size,), mixture.top_k)
+                everything = torch.ones_like(logits, dtype=torch.bool)
+                weights[:, columns[layer]] = top_k_weights(logits, everything, k, mixture.top_k)
+                scale = logits.abs().max(1, keepdim=True).values  # rounding of a logit grows with it
+                wanted = Wanted(weights, scale=scale, settled=_settled(logits, mixture.top_k))
+            yield Case(size=size, inputs={"x": x, "layer": torch.tensor(layer)}, outputs={"weights": wanted})
+
+
+def _settled(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[T] bool: whether the last chosen logit is above the first one left out by more than rounding."""
+    if logits.shape[1] <= top_k:
+        return torch.ones(logits.shape[0], dtype=torch.bool)
+    ordered = logits.sort(dim=1, descending=True).values
+    rounding = TOLERANCE * logits.abs().max(1).values.clamp(min=1)
+    return ordered[:, top_k - 1] - ordered[:, top_k] > rounding

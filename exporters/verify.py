@@ -1,0 +1,138 @@
+"""Verification: the written file, run by onnxruntime, against what torch computes.
+
+It knows nothing of locators or routers; a target says which inputs to try and what torch makes of them.
+Read first: a decision (which task, which experts) may flip where two candidates are equal up to rounding. A case marks
+such rows as not settled and they are left out; a full batch without a single settled row verifies nothing, and fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from exporters.manifest import Check
+from runtime.errors import ExportMismatchError
+
+SIZES = (1, 2, 7, 64)
+"""Rows per case, so that one row, an odd number and a full batch are all tried."""
+
+TOLERANCE = 1e-5
+"""Largest error of a float32 output in units of `max(1, scale)`: two orders above float32's own resolution."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What torch computes for one output.
+
+    Args:
+        value: [B, ...].
+        scale: size of the terms that were added up to `value`, broadcastable to it; default: `|value|`.
+        settled: [B] bool, rows that are to be compared; default: all.
+    """
+
+    value: torch.Tensor
+    scale: torch.Tensor | None = None
+    settled: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `size` rows of input and what every output must be."""
+
+    size: int
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Mapping[str, Wanted]
+
+
+@dataclass
+class _Tally:
+    tolerance: float
+    sizes: set[int] = field(default_factory=set)
+    rows: int = 0
+    compared: int = 0
+    max_error: float = 0.0
+
+
+def open_session(path: Path) -> Any:  # noqa: ANN401 - onnxruntime is not typed
+    """Open a file in onnxruntime on the CPU, one thread.
+
+    Raises:
+        ExportMismatchError: onnxruntime does not take the file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportMismatchError(f"{path.name}: onnxruntime does not take it: {error}") from error
+
+
+def verify(path: Path, cases: Iterable[Case]) -> tuple[Check, ...]:
+    """Run every case and compare every output.
+
+    Args:
+        path: the file.
+        cases: at least one of them of the largest size.
+
+    Returns:
+        one check per output, over all cases.
+
+    Raises:
+        ExportMismatchError: a case cannot be run, or an output has another name, dtype or shape, differs by more than
+            the tolerance, or could not be compared; the message names file, output, largest error and tolerance.
+    """
+    session = open_session(path)
+    names = [output.name for output in session.get_outputs()]
+    tallies: dict[str, _Tally] = {}
+    for case in cases:
+        try:
+            values = session.run(None, {name: tensor.numpy() for name, tensor in case.inputs.items()})
+        except Exception as error:
+            raise ExportMismatchError(f"{path.name}: onnxruntime fails on {case.size} rows: {error}") from error
+        if set(names) != set(case.outputs):
+            raise ExportMismatchError(f"{path.name}: outputs are {names}, torch has {list(case.outputs)}")
+        for name, got in zip(names, values, strict=True):
+            _compare(f"{path.name}: output {name}", got, case, name, tallies)
+    return tuple(_check(name, tallies[name]) for name in names)
+
+
+def _compare(where: str, got: np.ndarray, case: Case, name: str, tallies: dict[str, _Tally]) -> None:
+    wanted = case.outputs[name]
+    value = wanted.value.numpy()
+    if got.dtype != value.dtype or got.shape != value.shape:
+        raise ExportMismatchError(f"{where} is {got.dtype} {got.shape}, torch has {value.dtype} {value.shape}")
+    exact = not np.issubdtype(value.dtype, np.floating)
+    tally = tallies.setdefault(name, _Tally(tolerance=0.0 if exact else TOLERANCE))
+    settled = np.ones(case.size, dtype=bool) if wanted.settled is None else wanted.settled.numpy()
+    if case.size == SIZES[-1] and not settled.any():
+        raise ExportMismatchError(f"{where}: no row could be compared with torch, all lie on the border of a decision")
+    tally.sizes.add(case.size)
+    tally.rows += case.size
+    tally.compared += int(settled.sum())
+    scale = np.abs(value) if wanted.scale is None else wanted.scale.numpy()
+    error = np.abs(got - value) / (1 if exact else np.maximum(scale, 1))
+    worst = float(error[settled].max(initial=0.0))
+    tally.max_error = max(tally.max_error, worst)
+    if not worst <= tally.tolerance:  # true for NaN as well
+        raise ExportMismatchError(
+            f"{where} differs from torch on {case.size} rows: "
+            f"largest error {worst:.3g}, tolerance {tally.tolerance:.3g}"
+        )
+
+
+def _check(name: str, tally: _Tally) -> Check:
+    return Check(
+        output=name,
+        sizes=tuple(sorted(tally.sizes)),
+        rows=tally.rows,
+        rows_compared=tally.compared,
+        max_error=tally.max_error,
+        tolerance=tally.tolerance,
+    )

@@ -1,0 +1,98 @@
+"""`greenroom ask`: prompts to a running server, all at once, and what came back.
+
+It knows nothing of models or of the wire; it is an application of `greenroom.AsyncClient`.
+Read first: answers are printed in the order of the prompts; a prompt that fails costs its line and the exit code, not
+the other answers.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import Annotated, Any
+
+import typer
+
+from greenroom.cli.answer_view import Outcome, print_json, print_outcome, print_summary
+from greenroom.cli.error_line import exit_code
+from greenroom.client import DEFAULT_TIMEOUT_S, AsyncClient
+from greenroom.client_errors import GreenroomClientError
+from greenroom.results import Answer, Delta, StreamEvent
+from greenroom.wire import GenerateOptions, answer
+from runtime.errors import InvalidInputError
+
+Show = Callable[[str, Outcome], None]
+
+
+def ask(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts; several are sent at the same time.")],
+    *,
+    server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
+    task: Annotated[str | None, typer.Option(help="Pin this task instead of letting the locator decide.")] = None,
+    base_only: Annotated[bool, typer.Option("--base-only", help="Answer with the plain base model.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts are whole prompts; no template.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="New tokens at most. By default: the server's.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. By default: the server's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print as tokens come. By default: if one prompt, without --json."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for each prompt.")] = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Ask a running server."""
+    if stream and (as_json or len(prompts) > 1):
+        raise InvalidInputError("stream", stream, "takes a single prompt, and no --json")
+    options: GenerateOptions = {
+        "task": task,
+        "base_only": base_only,
+        "raw": raw,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    streaming = len(prompts) == 1 and not as_json if stream is None else stream
+    show = print_json if as_json else print_outcome
+    outcomes = asyncio.run(_ask_all(server, timeout, prompts, options, None if streaming else show))
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+    if answers and not as_json:
+        print_summary(answers)
+    failures = [outcome for outcome in outcomes if isinstance(outcome, GreenroomClientError)]
+    if failures:
+        raise typer.Exit(exit_code(failures[0]))
+
+
+async def _ask_all(
+    server: str, timeout_s: float, prompts: list[str], options: GenerateOptions, show: Show | None
+) -> list[Outcome]:
+    """Every prompt's outcome, in order; each is shown as soon as it and those before it are there."""
+    async with AsyncClient(server, timeout_s=timeout_s) as client:
+        if show is None:
+            return [await _streamed(client, prompts[0], options)]
+        tasks = [asyncio.create_task(_outcome(client.generate(prompt, **options))) for prompt in prompts]
+        for prompt, task in zip(prompts, tasks, strict=True):
+            show(prompt, await task)
+        return [task.result() for task in tasks]
+
+
+async def _outcome(answering: Coroutine[Any, Any, Answer]) -> Outcome:
+    try:
+        return await answering
+    except GreenroomClientError as error:
+        return error
+
+
+async def _streamed(client: AsyncClient, prompt: str, options: GenerateOptions) -> Outcome:
+    """One prompt's outcome, printed while it comes."""
+    events: list[StreamEvent] = []
+    try:
+        async with aclosing(client.stream(prompt, **options)) as stream:
+            async for event in stream:
+                events.append(event)
+                if isinstance(event, Delta):
+                    typer.echo(event.text, nl=False)
+        typer.echo()
+        return answer(events)
+    except GreenroomClientError as error:
+        print_outcome(prompt, error)
+        return error

@@ -1,0 +1,42 @@
+"""From the flags of a command to an engine that is ready to start.
+
+It does not know what the engine will be used for.
+Read first: this imports torch; commands import it inside their functions.
+"""
+
+import torch
+
+from greenroom.cli.engine_flags import EngineFlags
+from greenroom.cli.places import cache_folder
+from runtime.engine.engine import Engine
+from runtime.engine.llama import LlamaModel
+from runtime.model.base import load_base, resolve_base
+from runtime.model.generation import check_base, open_generation
+from runtime.model.repertoire import Repertoire
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_engine(flags: EngineFlags) -> Engine:
+    """Open the repertoire's current generation, load its base, and make an engine.
+
+    Raises:
+        RepertoireError, UnknownBaseError, InvalidInputError: what they name.
+    """
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    repertoire = Repertoire(flags.repertoire)
+    generation = open_generation(repertoire)
+    folder = resolve_base(flags.base or generation.manifest.base.name, cache=cache_folder())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(folder, dtype=_DTYPES[flags.dtype], device=device)
+    check_base(generation.manifest, base.info)
+    max_context = min(flags.limits.max_context, base.model.config.max_position_embeddings)
+    return Engine(
+        LlamaModel(base.model, max_context=max_context),
+        base.tokenizer,
+        base.eos_token_ids,
+        repertoire=repertoire,
+        generation=generation,
+        options=flags.limits,
+    )

@@ -1,0 +1,75 @@
+"""The flags of every command that runs an engine, and what they become.
+
+It knows nothing of engines: `greenroom.cli.build_engine` makes one of these flags.
+Read first: sizes are typed as people say them ("64MiB", "1.5GB", "1000000") and kept in bytes; defaults of limits are
+those of `runtime.engine.options`.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from runtime.engine.options import EngineOptions
+from runtime.errors import InvalidInputError
+
+Dtype = Literal["float32", "bfloat16"]
+
+RepertoireFlag = Annotated[Path, typer.Option("--repertoire", help="Folder of the repertoire.")]
+BaseFlag = Annotated[
+    str | None,
+    typer.Option("--base", help="Known name or folder of the base model. By default: what the repertoire names."),
+]
+ExpertMemoryFlag = Annotated[str, typer.Option("--expert-memory", help="Bytes of experts in memory, as in 64MiB.")]
+KvMemoryFlag = Annotated[str, typer.Option("--kv-memory", help="Bytes of KV cache, as in 1GiB.")]
+MaxRunningFlag = Annotated[int, typer.Option("--max-running", min=1, help="Sequences in the running batch at most.")]
+DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="What the base model computes in.")]
+ThreadsFlag = Annotated[int, typer.Option("--threads", min=0, help="Threads to compute with; 0 lets torch choose.")]
+
+_LIMITS = EngineOptions()
+DEFAULT_EXPERT_MEMORY = f"{_LIMITS.expert_budget_bytes >> 20}MiB"
+DEFAULT_KV_MEMORY = f"{_LIMITS.kv_budget_bytes >> 20}MiB"
+DEFAULT_MAX_RUNNING = _LIMITS.max_running
+DEFAULT_DTYPE: Dtype = "float32"
+DEFAULT_THREADS = 0
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """What an engine is built from.
+
+    Args:
+        repertoire: folder.
+        base: known name or folder of the base model; None takes what the repertoire names.
+        dtype: what the base model computes in.
+        threads: to compute with; 0 lets torch choose.
+        limits: budgets and bounds.
+    """
+
+    repertoire: Path
+    base: str | None
+    dtype: Dtype
+    threads: int
+    limits: EngineOptions
+
+
+def parse_size(field: str, text: str) -> int:
+    """Bytes of "64MiB", "1.5GB" or "1000"; "iB" counts in powers of 1024, "B" in powers of 1000; case is free.
+
+    Raises:
+        InvalidInputError: anything else, or less than one byte; carries `field`.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidInputError(field, text, "a size is a number and B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    unit = match[2].lower()
+    base = 1024 if "i" in unit else 1000
+    num_bytes = int(float(match[1]) * base ** _POWERS[unit.rstrip("ib")])
+    if num_bytes < 1:
+        raise InvalidInputError(field, text, "must be at least one byte")
+    return num_bytes

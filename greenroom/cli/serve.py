@@ -1,0 +1,68 @@
+"""`greenroom serve`: an engine behind gRPC until a signal comes.
+
+It knows nothing of how an engine is built or a server drains.
+Read first: it prints "serving on HOST:PORT" when requests are taken, and writes the port to `--ready-file` then.
+"""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from greenroom.cli import engine_flags as flags
+from greenroom.cli.engine_flags import EngineFlags, parse_size
+from runtime.engine.options import EngineOptions
+
+
+def serve(
+    *,
+    repertoire: flags.RepertoireFlag,
+    base: flags.BaseFlag = None,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0 takes a free one.")] = 50051,
+    expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
+    kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
+    max_running: flags.MaxRunningFlag = flags.DEFAULT_MAX_RUNNING,
+    dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
+    threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
+    grace: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")] = 10.0,
+    ready_file: Annotated[Path | None, typer.Option(help="File to write the port to when ready.")] = None,
+) -> None:
+    """Serve a repertoire over gRPC until SIGTERM or SIGINT."""
+    chosen = EngineFlags(
+        repertoire=repertoire,
+        base=base,
+        dtype=dtype,
+        threads=threads,
+        limits=EngineOptions(
+            expert_budget_bytes=parse_size("expert_memory", expert_memory),
+            kv_budget_bytes=parse_size("kv_memory", kv_memory),
+            max_running=max_running,
+        ),
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    from greenroom.cli.build_engine import build_engine
+    from runtime.service.lifecycle import serve_until_signal
+    from runtime.service.server import Server
+
+    def on_ready(bound_port: int) -> None:
+        if ready_file is not None:
+            write_atomically(ready_file, f"{bound_port}\n")
+        typer.echo(f"serving on {host}:{bound_port}")
+
+    engine = build_engine(chosen)
+    try:
+        asyncio.run(serve_until_signal(Server(engine, host=host, port=port, grace_s=grace), on_ready=on_ready))
+    finally:
+        engine.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that readers see either whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

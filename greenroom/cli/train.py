@@ -1,0 +1,145 @@
+"""`greenroom train`: tasks arrive one after the other, each makes a new generation of the repertoire.
+
+It does not know how a task is trained (`training.grow`); it reads options, shows progress and says what happened.
+Read first: a task that the repertoire already holds is skipped, so the command can be run again after an interruption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from greenroom.cli.places import cache_folder
+from runtime.errors import InvalidInputError
+from training.config import Dtype, TrainingConfig
+
+if TYPE_CHECKING:
+    from training.data import TaskData
+
+_DEFAULT = TrainingConfig()
+_SMOOTHING = 0.9
+
+
+def train(
+    *,
+    repertoire: Annotated[Path, typer.Option(help="Folder of the repertoire; made by the first task.")],
+    data: Annotated[str, typer.Option(help="Folder of <task>/train.jsonl and test.jsonl, or a dataset id on a hub.")],
+    task: Annotated[list[str] | None, typer.Option(help="Train these tasks, in this order; default: all.")] = None,
+    base: Annotated[str, typer.Option(help="A known base, or the folder of a local one.")] = "smollm2",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen base: auto, float32 or bfloat16.")] = _DEFAULT.dtype,
+    rank: Annotated[int, typer.Option(help="Rank of the new experts.")] = _DEFAULT.rank,
+    alpha: Annotated[float, typer.Option(help="Experts are scaled by alpha / rank.")] = _DEFAULT.alpha,
+    top_k: Annotated[int, typer.Option(help="Experts per token and layer.")] = _DEFAULT.top_k,
+    first_layer: Annotated[
+        int | None, typer.Option(help="Lowest layer with experts; default: a third of the depth.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over a task's examples.")] = _DEFAULT.epochs,
+    max_steps: Annotated[int | None, typer.Option(help="Upper bound on steps per task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = _DEFAULT.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of the experts.")] = _DEFAULT.learning_rate,
+    max_tokens: Annotated[int, typer.Option(help="Longest prompt plus answer.")] = _DEFAULT.max_tokens,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULT.seed,
+) -> None:
+    """Train tasks one after the other; each adds experts, a router and a locator entry, and moves nothing older."""
+    config = TrainingConfig(
+        dtype=dtype,
+        rank=rank,
+        alpha=alpha,
+        top_k=top_k,
+        first_layer=first_layer,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    from runtime.model.repertoire import Repertoire
+
+    store = Repertoire(repertoire)
+    held = store.manifest().task_names() if store.head() is not None else ()
+    waiting = []
+    for arriving in _chosen(_read(data), task):
+        if arriving.name in held:
+            console.print(f"{arriving.name}: already in the repertoire, skipped")
+        else:
+            waiting.append(arriving)
+    if not waiting:
+        return
+    import torch
+
+    from runtime.model.base import load_base, resolve_base
+    from training.grow import add_task
+    from training.precision import base_dtype
+
+    place = torch.device(_device_name(device, has_cuda=torch.cuda.is_available()))
+    folder = resolve_base(base, cache=cache_folder())
+    with console.status(f"loading {base}"):
+        model = load_base(folder, dtype=base_dtype(config.dtype, place), device=place)
+    for arriving in waiting:
+        console.print(f"{arriving.name}: training on {len(arriving.train)} examples")
+        started = time.monotonic()
+        with _progress_bar(console, arriving.name) as on_progress:
+            manifest = add_task(store, model, arriving, config, on_progress=on_progress)
+        console.print(
+            f"generation {manifest.generation}: {arriving.name} added, {manifest.tasks[-1].trained_parameters:,} "
+            f"parameters trained in {time.monotonic() - started:.0f} s"
+        )
+
+
+def _read(data: str) -> tuple[TaskData, ...]:
+    from training.data import load_hub_dataset, read_tasks
+
+    folder = Path(data).expanduser()
+    if folder.exists() or data.startswith((".", "/", "~")):
+        return read_tasks(folder)
+    return (load_hub_dataset(data),)
+
+
+def _chosen(found: tuple[TaskData, ...], names: list[str] | None) -> tuple[TaskData, ...]:
+    """The tasks of these names in this order; all where none are given."""
+    if not names:
+        return found
+    by_name = {arriving.name: arriving for arriving in found}
+    for name in names:
+        if name not in by_name:
+            raise InvalidInputError("task", name, f"the data hold {', '.join(by_name)}")
+    return tuple(by_name[name] for name in dict.fromkeys(names))
+
+
+def _device_name(device: str, *, has_cuda: bool) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidInputError("device", device, "must be auto, cpu or cuda")
+    if device == "cuda" and not has_cuda:
+        raise InvalidInputError("device", device, "this machine has no CUDA device that torch can use")
+    return device if device != "auto" else "cuda" if has_cuda else "cpu"
+
+
+@contextmanager
+def _progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar with the smoothed loss; yields what `add_task` calls after every step."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task(name, total=None, loss=float("nan"))
+        smooth: list[float] = []
+
+        def on_progress(step: int, num_steps: int, loss: float) -> None:
+            smooth.append(_SMOOTHING * smooth[-1] + (1 - _SMOOTHING) * loss if smooth else loss)
+            bars.update(bar, completed=step, total=num_steps, loss=smooth[-1])
+
+        yield on_progress

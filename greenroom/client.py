@@ -1,0 +1,196 @@
+"""The client: `Client` for threads, `AsyncClient` for asyncio; the same calls, options and results.
+
+It knows nothing of protobuf fields (`greenroom.wire`) or status details (`greenroom.client_errors`).
+Read first: nothing is sent before the first event of a stream is asked for, and closing a stream early cancels it.
+
+    with Client("localhost:50051") as client:
+        answer = client.generate("where is my parcel?")
+        print(answer.routing.task, answer.text)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from greenroom import wire
+from greenroom.client_errors import DeadlineExceededError, NotFoundError, UnavailableError, translated
+from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
+from greenroom.pb.greenroom.v1 import greenroom_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+    from typing import Self, Unpack
+
+    from greenroom.results import Answer, Description, Routing, StreamEvent
+
+DEFAULT_TIMEOUT_S = 300.0
+HEALTH_TIMEOUT_S = 5.0
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+SERVICE_NAME = "greenroom.v1.Greenroom"
+
+_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
+_HEALTH_REQUEST = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+_NOT_SERVING = (UnavailableError, DeadlineExceededError, NotFoundError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CallSettings:
+    """What every call of one client carries."""
+
+    timeout_s: float
+    token: str | None = field(repr=False)
+
+    def arguments(self, timeout_s: float | None) -> dict[str, Any]:
+        """Keyword arguments of one call; `timeout_s` overrides the client's own, infinity waits for ever."""
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        metadata = (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
+        return {"timeout": None if math.isinf(limit_s) else limit_s, "metadata": metadata}
+
+
+def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class Client:
+    """Blocking client; safe to share between threads; a context manager.
+
+    Args:
+        target: "host:port" of a server.
+        timeout_s: seconds for each call, unless the call says otherwise; infinity waits for ever.
+        token: bearer token, sent with every call.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, token: str | None = None) -> None:
+        self._settings = _CallSettings(timeout_s=timeout_s, token=token)
+        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._stub: Any = greenroom_pb2_grpc.GreenroomStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    def generate(
+        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+    ) -> Answer:
+        """The whole answer to one prompt.
+
+        Args:
+            text: the input, or the whole prompt with `raw=True`.
+            timeout_s: seconds for this call; None takes the client's.
+            **options: see `greenroom.wire.GenerateOptions`.
+
+        Raises:
+            GreenroomClientError: one class per gRPC status, see `greenroom.client_errors`.
+        """
+        return wire.answer(self.stream(text, timeout_s=timeout_s, **options))
+
+    def stream(
+        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+    ) -> Generator[StreamEvent, None, None]:
+        """The answer as it comes: one `Routing`, then `Delta`s, then one `Done`; arguments as for `generate`.
+
+        Closing the iterator early (`contextlib.closing`, or dropping it) cancels the request on the server.
+        """
+        request = wire.generate_request(text, options)
+        with translated():
+            call = self._stub.Generate(request, **self._settings.arguments(timeout_s))
+            try:
+                for message in call:
+                    yield wire.event(message)
+            finally:
+                call.cancel()
+
+    def locate(
+        self, text: str, /, *, raw: bool = False, request_id: str = "", timeout_s: float | None = None
+    ) -> Routing:
+        """Which task would answer `text`; loads no expert and generates nothing."""
+        request = wire.locate_request(text, raw=raw, request_id=request_id)
+        with translated():
+            return wire.routing(self._stub.Locate(request, **self._settings.arguments(timeout_s)).routing)
+
+    def describe(self, *, timeout_s: float | None = None) -> Description:
+        """What the server serves and how it is doing."""
+        with translated():
+            return wire.description(self._stub.Describe(pb.DescribeRequest(), **self._settings.arguments(timeout_s)))
+
+    def health(self, *, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
+        """Whether the server takes requests now; False as well where it cannot be reached in `timeout_s` seconds."""
+        try:
+            with translated():
+                return _is_serving(self._health.Check(_HEALTH_REQUEST, **self._settings.arguments(timeout_s)))
+        except _NOT_SERVING:
+            return False
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled; idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """The same client for asyncio; make it inside a running loop; an async context manager; arguments as `Client`."""
+
+    def __init__(self, target: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, token: str | None = None) -> None:
+        self._settings = _CallSettings(timeout_s=timeout_s, token=token)
+        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._stub: Any = greenroom_pb2_grpc.GreenroomStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def generate(
+        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+    ) -> Answer:
+        """As `Client.generate`."""
+        return wire.answer([item async for item in self.stream(text, timeout_s=timeout_s, **options)])
+
+    async def stream(
+        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """As `Client.stream`; close it early with `contextlib.aclosing`."""
+        request = wire.generate_request(text, options)
+        with translated():
+            call = self._stub.Generate(request, **self._settings.arguments(timeout_s))
+            try:
+                async for message in call:
+                    yield wire.event(message)
+            finally:
+                call.cancel()
+
+    async def locate(
+        self, text: str, /, *, raw: bool = False, request_id: str = "", timeout_s: float | None = None
+    ) -> Routing:
+        """As `Client.locate`."""
+        request = wire.locate_request(text, raw=raw, request_id=request_id)
+        with translated():
+            return wire.routing((await self._stub.Locate(request, **self._settings.arguments(timeout_s))).routing)
+
+    async def describe(self, *, timeout_s: float | None = None) -> Description:
+        """As `Client.describe`."""
+        with translated():
+            message = await self._stub.Describe(pb.DescribeRequest(), **self._settings.arguments(timeout_s))
+        return wire.description(message)
+
+    async def health(self, *, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
+        """As `Client.health`."""
+        try:
+            with translated():
+                return _is_serving(await self._health.Check(_HEALTH_REQUEST, **self._settings.arguments(timeout_s)))
+        except _NOT_SERVING:
+            return False
+
+    async def close(self) -> None:
+        """As `Client.close`."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

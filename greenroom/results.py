@@ -1,0 +1,156 @@
+"""What the client returns: immutable, typed results without protobuf in sight.
+
+It knows nothing of gRPC; `greenroom.wire` fills these classes.
+Read first: a stream yields one `Routing`, any number of `Delta`, one `Done`; an `Answer` is all of them together.
+Bytes and seconds are in the names; scores have no unit, lower is nearer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+How = Literal["located", "pinned", "abstained", "base"]
+Source = Literal["host", "disk"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Distance of a prompt from one task; lower is nearer."""
+
+    task: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertUse:
+    """One expert set that answered, and where it was when it was needed.
+
+    Args:
+        digest: SHA-256 of config and weights, 64 hexadecimal digits.
+        task: the task it was trained for.
+        num_layers: layers that hold an expert of this set.
+        source: "host" if all of it was in memory, "disk" if any of it had to be read.
+        bytes_read: bytes read from disk for this request.
+        load_s: seconds until all of it was ready.
+    """
+
+    digest: str
+    task: str
+    num_layers: int
+    source: Source
+    bytes_read: int
+    load_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which task answers, why, and with which experts.
+
+    Args:
+        task: None where the plain base model answers.
+        how: "located", "pinned" (by the caller), "abstained" (no task is near enough), "base" (asked for, or no task).
+        margin: score of the second-best task minus that of the best; 0 where fewer than two were scored.
+        scores: every task, best first; empty where no locator ran.
+        generation: generation of the repertoire.
+        experts: the expert sets in use.
+        request_id: names the request in the server's logs.
+    """
+
+    task: str | None
+    how: How
+    margin: float
+    scores: tuple[TaskScore, ...]
+    generation: int
+    experts: tuple[ExpertUse, ...]
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer and the tokens behind it; the text may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Counts of one request, and seconds since the engine took it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens generated per second since the request left the queue; 0 where no time passed."""
+        busy_s = self.total_s - self.queue_s
+        return self.completion_tokens / busy_s if busy_s > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The end of an answer: "stop" (end token or stop string) or "length" (max_tokens or context)."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    request_id: str
+
+
+StreamEvent = Routing | Delta | Done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A whole answer; fields as in `Routing`, `Delta` and `Done`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    routing: Routing
+    usage: Usage
+    finish_reason: FinishReason
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStatistics:
+    """Experts in the server's memory; a unit is one expert of one layer; counts run since the server started."""
+
+    budget_bytes: int
+    resident_bytes: int
+    reserved_bytes: int
+    resident_units: int
+    hits: int
+    misses: int
+    loads: int
+    evictions: int
+    failures: int
+    bytes_read: int
+    load_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatistics:
+    """Sequences running and requests waiting now; steps and tokens since the server started; KV cache in bytes."""
+
+    running: int
+    waiting: int
+    steps: int
+    tokens: int
+    kv_bytes_reserved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a server serves and how it is doing; `base_digest` is a SHA-256 in hexadecimal."""
+
+    base_name: str
+    base_digest: str
+    generation: int
+    tasks: tuple[str, ...]
+    memory: MemoryStatistics
+    engine: EngineStatistics

@@ -1,0 +1,234 @@
+"""Between the client's words and protobuf: requests are built here, responses parsed, for both clients.
+
+It knows nothing of channels or calls: every function is pure.
+Read first: an option that is left out is left out on the wire too, so the server's defaults are written in one place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+import grpc
+
+from greenroom import results
+from greenroom.client_errors import FieldViolation, InternalError, InvalidRequestError
+from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+Word = TypeVar("Word")
+
+_HOW: dict[int, results.How] = {
+    pb.HOW_LOCATED: "located",
+    pb.HOW_PINNED: "pinned",
+    pb.HOW_ABSTAINED: "abstained",
+    pb.HOW_BASE: "base",
+}
+_SOURCE: dict[int, results.Source] = {pb.SOURCE_HOST: "host", pb.SOURCE_DISK: "disk"}
+_FINISH: dict[int, results.FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of `generate` and `stream`; what is left out is the server's default.
+
+    task: pin this task; base_only: the plain base model; raw: the text is the whole prompt, without template.
+    max_tokens, temperature (0 is greedy), top_p, top_k (0 is all), seed, stop (strings), ignore_eos: sampling.
+    request_id: names the request, [A-Za-z0-9._:-]{1,128}; the server makes one otherwise.
+    """
+
+    task: str | None
+    base_only: bool
+    raw: bool
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    request_id: str
+
+
+def generate_request(text: str, options: GenerateOptions) -> pb.GenerateRequest:
+    """The message for one prompt.
+
+    Raises:
+        InvalidRequestError: an option that the wire cannot carry, or both `task` and `base_only`.
+        TypeError: an option that does not exist.
+    """
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    if options.get("base_only") and options.get("task") is not None:
+        raise _refused("task", "cannot be pinned together with base_only")
+    if isinstance(options.get("stop"), str):
+        raise _refused("sampling.stop", "a sequence of strings, not one string")
+    message = pb.GenerateRequest()
+    _assign(message, "raw_prompt" if options.get("raw") else "input", text)
+    _assign(message, "request_id", options.get("request_id"))
+    _assign(message, "task", options.get("task"))
+    _assign(message, "base_only", options.get("base_only") or None)
+    sampling = pb.Sampling()
+    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos"):
+        _assign(sampling, name, options.get(name), path=f"sampling.{name}")
+    if sampling.ListFields():
+        message.sampling.CopyFrom(sampling)
+    return message
+
+
+def locate_request(text: str, *, raw: bool, request_id: str) -> pb.LocateRequest:
+    """The message that asks where one prompt belongs."""
+    message = pb.LocateRequest()
+    _assign(message, "raw_prompt" if raw else "input", text)
+    _assign(message, "request_id", request_id)
+    return message
+
+
+def event(message: pb.GenerateResponse) -> results.StreamEvent:
+    """One event of a stream.
+
+    Raises:
+        InternalError: an event that this client does not know.
+    """
+    match message.WhichOneof("event"):
+        case "routing":
+            return routing(message.routing)
+        case "delta":
+            return results.Delta(message.delta.text, tuple(message.delta.token_ids))
+        case "done":
+            done = message.done
+            return results.Done(
+                finish_reason=_known(_FINISH, done.finish_reason, "finish_reason"),
+                usage=_usage(done.usage),
+                request_id=done.request_id,
+            )
+    raise _incomprehensible("an event of unknown kind")
+
+
+def answer(events: Iterable[results.StreamEvent]) -> results.Answer:
+    """All events of one stream as one answer.
+
+    Raises:
+        InternalError: the stream ended without `Routing` or `Done`.
+    """
+    first: results.Routing | None = None
+    last: results.Done | None = None
+    deltas: list[results.Delta] = []
+    for item in events:
+        if isinstance(item, results.Routing):
+            first = item
+        elif isinstance(item, results.Done):
+            last = item
+        else:
+            deltas.append(item)
+    if first is None or last is None:
+        raise _incomprehensible("a stream that ended early")
+    return results.Answer(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        routing=first,
+        usage=last.usage,
+        finish_reason=last.finish_reason,
+        request_id=last.request_id,
+    )
+
+
+def routing(message: pb.Routing) -> results.Routing:
+    """Who answers."""
+    return results.Routing(
+        task=message.task or None,
+        how=_known(_HOW, message.how, "how"),
+        margin=message.margin,
+        scores=tuple(results.TaskScore(item.task, item.score) for item in message.scores),
+        generation=message.generation,
+        experts=tuple(
+            results.ExpertUse(
+                digest=item.digest,
+                task=item.task,
+                num_layers=item.num_layers,
+                source=_known(_SOURCE, item.source, "source"),
+                bytes_read=item.bytes_read,
+                load_s=item.load_seconds,
+            )
+            for item in message.experts
+        ),
+        request_id=message.request_id,
+    )
+
+
+def description(message: pb.DescribeResponse) -> results.Description:
+    """What is served and how it is doing."""
+    memory, engine = message.memory, message.engine
+    return results.Description(
+        base_name=message.base.name,
+        base_digest=message.base.digest,
+        generation=message.generation,
+        tasks=tuple(task.name for task in message.tasks),
+        memory=results.MemoryStatistics(
+            budget_bytes=memory.budget_bytes,
+            resident_bytes=memory.resident_bytes,
+            reserved_bytes=memory.reserved_bytes,
+            resident_units=memory.resident_units,
+            hits=memory.hits,
+            misses=memory.misses,
+            loads=memory.loads,
+            evictions=memory.evictions,
+            failures=memory.failures,
+            bytes_read=memory.bytes_read,
+            load_s=memory.load_seconds,
+        ),
+        engine=results.EngineStatistics(
+            running=engine.running,
+            waiting=engine.waiting,
+            steps=engine.steps,
+            tokens=engine.tokens,
+            kv_bytes_reserved=engine.kv_bytes_reserved,
+        ),
+    )
+
+
+def _usage(message: pb.Usage) -> results.Usage:
+    return results.Usage(
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        queue_s=message.queue_seconds,
+        first_token_s=message.first_token_seconds,
+        total_s=message.total_seconds,
+    )
+
+
+def _assign(message: Any, name: str, value: object, *, path: str = "") -> None:  # noqa: ANN401 - any protobuf message
+    """Set a field unless `value` is None; a value that the field cannot carry is refused by the field's path."""
+    if value is None:
+        return
+    try:
+        if name == "stop":
+            message.stop.extend(value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, ValueError) as error:
+        raise _refused(path or name, str(error)) from error
+
+
+def _known(words: dict[int, Word], value: int, field: str) -> Word:
+    if value not in words:
+        raise _incomprehensible(f"{field}={value}")
+    return words[value]
+
+
+def _refused(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{field}: {problem}",
+        code=grpc.StatusCode.INVALID_ARGUMENT,
+        reason="INVALID_FIELD",
+        field_violations=(FieldViolation(field, problem),),
+    )
+
+
+def _incomprehensible(what: str) -> InternalError:
+    return InternalError(
+        f"the server sent {what}; is it newer than this client?",
+        code=grpc.StatusCode.INTERNAL,
+        reason="BAD_RESPONSE",
+    )

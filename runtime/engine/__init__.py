@@ -1,0 +1,1 @@
+"""Sequences, KV cache, scheduler, step and sampling."""

@@ -1,0 +1,293 @@
+"""The engine: one thread that schedules, runs steps and hands out events; `submit` and `cancel` from any thread.
+
+It knows nothing of gRPC or files; requests come in as `Request`, everything else leaves as events.
+Read first: all state of sequences belongs to the engine thread. Other threads only put requests and cancellations into
+`_inbox`; loader threads only wake it. Tokenising happens on the thread that submits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+
+import transformers
+
+from runtime.engine.casting import Casting
+from runtime.engine.kv import KVCache
+from runtime.engine.llama import LlamaModel
+from runtime.engine.options import EngineOptions
+from runtime.engine.request import Request
+from runtime.engine.runner import StepRunner
+from runtime.engine.scheduler import Scheduler, Step
+from runtime.engine.sequence import Phase, Sequence, Sink
+from runtime.errors import (
+    CancelledError,
+    DeadlineError,
+    GreenroomError,
+    InvalidInputError,
+    QueueFullError,
+    UnavailableError,
+)
+from runtime.memory.memory import ExpertMemory, MemoryStatistics
+from runtime.model.generation import Generation
+from runtime.model.repertoire import Repertoire
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatistics:
+    """A snapshot; counts since the start."""
+
+    generation: int
+    tasks: tuple[str, ...]
+    running: int
+    waiting: int
+    steps: int
+    tokens: int
+    kv_bytes_reserved: int
+    memory: MemoryStatistics
+
+
+class Engine:
+    """Answers requests from one generation of a repertoire.
+
+    Args:
+        model: fused weights of the base.
+        tokenizer: of the base.
+        eos_token_ids: tokens that end an answer.
+        repertoire: where experts are read from.
+        generation: the opened generation to serve.
+        options: sizes and limits.
+
+    The engine does nothing until `start`; `close` is idempotent.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        tokenizer: transformers.PreTrainedTokenizerFast,
+        eos_token_ids: tuple[int, ...],
+        *,
+        repertoire: Repertoire,
+        generation: Generation,
+        options: EngineOptions,
+    ) -> None:
+        self.generation = generation
+        self.memory = ExpertMemory(
+            partial(repertoire.read_unit, base=generation.manifest.base),
+            budget_bytes=options.expert_budget_bytes,
+            num_loaders=options.num_loaders,
+            on_change=self._wake,
+        )
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._options = options
+        self._cache = KVCache(
+            model.kv_shape(),
+            num_slots=options.max_running,
+            budget_bytes=options.kv_budget_bytes,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._max_context = min(options.max_context, model.max_context)
+        self._runner = StepRunner(model, self._cache, first_layer=generation.manifest.first_layer)
+        self._casting = Casting(generation, self.memory)
+        self._scheduler = Scheduler(
+            acquire_slot=self._acquire_slot,
+            stage=self._casting.stage,
+            max_step_tokens=options.max_step_tokens,
+            max_passes=options.max_passes,
+        )
+        self._lock = threading.Condition()  # guards everything below, and is notified when any of it changes
+        self._inbox: deque[Sequence] = deque()
+        self._cancelled: set[str] = set()
+        self._live: dict[str, Sequence] = {}
+        self._awake = False
+        self._refusing: str | None = "the engine has not started"
+        self._stopping = False
+        self._steps = self._tokens = 0
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    # ---- any thread
+
+    def start(self) -> None:
+        """Start the engine thread and accept requests."""
+        with self._lock:
+            self._refusing = None
+        self._thread.start()
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that run at once, at most."""
+        return self._options.max_running
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Accept a request; its events reach `sink` on the engine thread, which `sink` must not block.
+
+        Raises:
+            InvalidInputError: the prompt is empty or too long, or the request id is in use.
+            UnknownTaskError, RepertoireError: the pinned task does not exist or is quarantined.
+            QueueFullError, BudgetError, DeadlineError, UnavailableError.
+        """
+        if request.task is not None:
+            self.generation.mixture(request.task)
+        prompt = self.generation.template.encode(self._tokenizer, request.text, raw=request.raw)
+        if not prompt:
+            raise InvalidInputError("input", request.text, "the prompt has no tokens")
+        room = self._max_context - len(prompt)
+        if room < 1:
+            raise InvalidInputError(
+                "input", request.text, f"{len(prompt)} prompt tokens; the context of {self._max_context} must leave one"
+            )
+        max_tokens = min(request.sampling.max_tokens, room)
+        sequence = Sequence(
+            request, prompt, max_tokens=max_tokens, sink=sink, tokenizer=self._tokenizer.backend_tokenizer
+        )
+        sequence.on_end = self._give_back
+        self._cache.check_fits(sequence.num_tokens)
+        if request.deadline is not None and request.deadline <= time.monotonic():
+            raise DeadlineError("the deadline has passed before the request could start")
+        with self._lock:
+            if self._refusing is not None:
+                raise UnavailableError(self._refusing)
+            if len(self._live) >= self._options.max_running + self._options.max_waiting:
+                raise QueueFullError(f"{len(self._live)} requests are in flight, which is all that may be")
+            if request.request_id in self._live:
+                raise InvalidInputError("request_id", request.request_id, "is in use by a request in flight")
+            self._live[request.request_id] = sequence
+            self._inbox.append(sequence)
+        self._wake()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with CancelledError; unknown ids are ignored, since it may just have ended by itself."""
+        with self._lock:
+            if request_id in self._live:
+                self._cancelled.add(request_id)
+        self._wake()
+
+    def statistics(self) -> EngineStatistics:
+        """A snapshot."""
+        with self._lock:
+            running = len(self._scheduler.running)
+            return EngineStatistics(
+                generation=self.generation.manifest.generation,
+                tasks=self.generation.manifest.task_names(),
+                running=running,
+                waiting=max(0, len(self._live) - running),
+                steps=self._steps,
+                tokens=self._tokens,
+                kv_bytes_reserved=self._cache.reserved_bytes,
+                memory=self.memory.statistics(),
+            )
+
+    def drain(self, grace_s: float) -> None:
+        """Refuse new requests, wait up to `grace_s` seconds for those in flight, then fail the rest."""
+        with self._lock:
+            self._refusing = self._refusing or "the server is draining"
+            self._lock.wait_for(lambda: not self._live, timeout=grace_s)
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine thread; requests in flight end with UnavailableError."""
+        with self._lock:
+            self._refusing = self._refusing or "the engine is closed"
+            self._stopping = True
+            self._lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.memory.close()
+
+    def check_integrity(self) -> None:
+        """Assert that an idle engine holds nothing; call it only while no request is in flight."""
+        assert not self._live, f"requests in flight: {list(self._live)}"
+        self.memory.check_integrity()
+        assert self.memory.statistics().reserved_bytes == 0, "expert reservations leaked"
+        self._cache.check_integrity()
+        assert self._cache.reserved_bytes == 0, "KV slots leaked"
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._awake = True
+            self._lock.notify_all()
+
+    # ---- the engine thread
+
+    def _loop(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._awake or self._stopping, timeout=self._patience())
+                if self._stopping:
+                    break
+                self._awake = False
+                while self._inbox:
+                    self._scheduler.add(self._inbox.popleft())
+                cancelled, self._cancelled = self._cancelled, set()
+            try:
+                self._work(cancelled)
+            except Exception:  # noqa: BLE001 - a defect fails what is in flight, not the server
+                _log.exception("a step failed")
+                self._fail_all(GreenroomError("the engine failed while computing this request"))
+        self._fail_all(UnavailableError("the server stopped before the answer was complete"))
+
+    def _patience(self) -> float | None:
+        """Seconds until the earliest deadline of those in flight; None where nobody has one."""
+        deadlines = [s.request.deadline for s in self._live.values() if s.request.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _work(self, cancelled: set[str]) -> None:
+        now = time.monotonic()
+        for sequence in self._scheduler.all():
+            if sequence.request.request_id in cancelled:
+                sequence.fail(CancelledError("cancelled by the caller"))
+            elif sequence.request.deadline is not None and sequence.request.deadline <= now:
+                sequence.fail(DeadlineError("the deadline passed before the answer was complete"))
+            else:
+                self._casting.enter(sequence)
+        self._scheduler.sweep()
+        step = self._scheduler.schedule()
+        if not step.empty:
+            self._run(step)
+        self._scheduler.sweep()
+        if not step.empty:
+            self._wake()
+
+    def _run(self, step: Step) -> None:
+        results = self._runner.run(step)
+        self._steps += 1
+        self._tokens += len(results)
+        for sequence, logits in results:
+            sequence.phase = Phase.DECODING
+            sequence.take(logits, self._eos_token_ids)
+        for sequence, _ in step.base:
+            if sequence.base_done == len(sequence.prompt):
+                self._casting.decide(sequence)
+
+    def _acquire_slot(self, sequence: Sequence) -> bool:
+        slot = self._cache.acquire(sequence.num_tokens)
+        if slot is None:
+            return False
+        sequence.start(slot)
+        self._casting.pin(sequence)
+        return True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._cache.release(sequence.slot)
+            sequence.slot = None
+        with self._lock:
+            del self._live[sequence.request.request_id]
+            self._cancelled.discard(sequence.request.request_id)
+            self._lock.notify_all()
+
+    def _fail_all(self, error: GreenroomError) -> None:
+        with self._lock:
+            remaining = list(self._live.values())
+            self._inbox.clear()
+        for sequence in remaining:
+            sequence.fail(error)
+        self._scheduler.sweep()

@@ -1,0 +1,197 @@
+"""Our own step for Llama-family models: fused projections over a flat list of tokens, with the mixture in the FFN.
+
+It knows nothing of requests; the runner says which tokens enter which range of layers.
+Read first: `run_layers` changes the residual stream in place; every linear sees all tokens of the step at once, and
+only attention looks at sequences apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, silu
+from transformers import PreTrainedModel
+
+from runtime.engine.attention import AttentionPlan
+from runtime.engine.kv import KVCache, KVShape
+from runtime.engine.stage import Stage, StagedLayer
+from runtime.errors import InvalidInputError
+from runtime.kernels.mixture import add_mixture
+from runtime.model.manifest import Target
+
+SUPPORTED = ("llama",)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: torch.Tensor
+    qkv: torch.Tensor
+    out: torch.Tensor
+    ffn_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MixtureRows:
+    """Which mixture each token of a step uses.
+
+    Args:
+        stage: what is packed.
+        rows: [T] int64, row in `Stage.top_k` and in `StagedLayer.allowed`.
+    """
+
+    stage: Stage
+    rows: torch.Tensor
+
+    @property
+    def top_k(self) -> torch.Tensor:
+        """[T] int64, experts per token."""
+        return self.stage.top_k[self.rows]
+
+
+class LlamaModel:
+    """Weights of a Llama-family model, fused for the step.
+
+    `h += out(attention(norm(h)))`, `h += down(silu(gate(norm(h))) * up(norm(h)))`, rotary positions as
+    `transformers` computes them.
+
+    Args:
+        model: a Hugging Face model; its layers' weights are taken over, it cannot be used afterwards.
+        max_context: positions to prepare.
+
+    Raises:
+        InvalidInputError: an architecture or option that this step does not compute.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_context: int) -> None:
+        config = model.config
+        _check_supported(config)
+        if not 1 <= max_context <= config.max_position_embeddings:
+            raise InvalidInputError(
+                "max_context", max_context, f"the base reads up to {config.max_position_embeddings}"
+            )
+        self.max_context = max_context
+        self.embedding: torch.Tensor = model.model.embed_tokens.weight.detach()
+        self.head: torch.Tensor = model.lm_head.weight.detach()
+        self.final_norm: torch.Tensor = model.model.norm.weight.detach()
+        self.epsilon = float(config.rms_norm_eps)
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.width = int(config.hidden_size)
+        self.ffn_width = int(config.intermediate_size)
+        self.num_heads = int(config.num_attention_heads)
+        self.num_kv_heads = int(config.num_key_value_heads)
+        self.head_width = int(getattr(config, "head_dim", None) or self.width // self.num_heads)
+        positions = torch.arange(max_context, device=self.device).unsqueeze(0)
+        cos, sin = model.model.rotary_emb(self.embedding[:1].float(), positions)
+        self.cos, self.sin = cos[0].to(self.dtype), sin[0].to(self.dtype)
+        self.layers: list[_Layer] = []
+        modules = model.model.layers
+        while len(modules):  # one layer at a time, so that the weights are never held twice as a whole
+            self.layers.append(_fuse(modules[0]))
+            del modules[0]
+
+    def kv_shape(self) -> KVShape:
+        """Sizes of the KV cache that this model needs."""
+        return KVShape(
+            num_layers=len(self.layers),
+            num_heads=self.num_kv_heads,
+            head_width=self.head_width,
+            context=self.max_context,
+        )
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T, D], a new tensor."""
+        return self.embedding[ids]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Residual stream after the last layer -> logits: [T, D] -> [T, V] float32."""
+        return linear(self._norm(hidden, self.final_norm), self.head).float()
+
+    def run_layers(
+        self,
+        hidden: torch.Tensor,
+        layers: range,
+        plan: AttentionPlan,
+        cache: KVCache,
+        mixtures: MixtureRows | None,
+    ) -> None:
+        """Run a range of layers over the residual stream `hidden` [T, D], in place.
+
+        Args:
+            hidden: changed.
+            layers: which layers.
+            plan: where the T tokens lie.
+            cache: changed at the tokens' places.
+            mixtures: None where all of these layers are base-only.
+        """
+        cos, sin = (table[plan.positions].unsqueeze(1) for table in (self.cos, self.sin))
+        top_k = mixtures.top_k if mixtures else None
+        for index in layers:
+            layer = self.layers[index]
+            q, k, v = self._qkv(linear(self._norm(hidden, layer.attention_norm), layer.qkv), cos, sin)
+            hidden += linear(plan.attend(cache, index, q, k, v), layer.out)
+            x = self._norm(hidden, layer.ffn_norm)
+            staged = mixtures.stage.layers.get(index) if mixtures else None
+            if staged is None:
+                gate, up = linear(x, layer.gate_up).chunk(2, dim=1)
+                hidden += linear(silu(gate) * up, layer.down)
+            else:
+                assert mixtures is not None and top_k is not None, "a staged layer belongs to mixtures"  # noqa: PT018
+                weights = staged.route(x, mixtures.rows, top_k, mixtures.stage.k_max)
+                hidden += self._mixed_ffn(layer, staged, x, weights)
+
+    def _mixed_ffn(self, layer: _Layer, staged: StagedLayer, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        fused = linear(x, layer.gate_up)
+        gate, up = fused[:, : self.ffn_width], fused[:, self.ffn_width :]
+        self._add(staged, "gate", gate, x, weights)
+        self._add(staged, "up", up, x, weights)
+        inner = silu(gate) * up
+        y = linear(inner, layer.down)
+        self._add(staged, "down", y, inner, weights)
+        return y
+
+    @staticmethod
+    def _add(staged: StagedLayer, target: Target, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
+        update = staged.updates.get(target)
+        if update is not None:
+            add_mixture(y, x, update, weights @ staged.spread[target])
+
+    def _qkv(
+        self, fused: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = fused.view(fused.shape[0], -1, self.head_width)
+        split = self.num_heads + self.num_kv_heads
+        rotated, v = heads[:, :split], heads[:, split:]
+        first, second = rotated.chunk(2, dim=2)
+        rotated = rotated * cos + torch.cat((-second, first), dim=2) * sin
+        return rotated[:, : self.num_heads], rotated[:, self.num_heads :], v
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (self.width,), weight, self.epsilon)
+
+
+def _fuse(module: Any) -> _Layer:  # noqa: ANN401 - transformers does not type its modules
+    attention, ffn = module.self_attn, module.mlp
+    qkv = [getattr(attention, name).weight for name in ("q_proj", "k_proj", "v_proj")]
+    gate_up = [getattr(ffn, name).weight for name in ("gate_proj", "up_proj")]
+    return _Layer(
+        attention_norm=module.input_layernorm.weight.detach(),
+        qkv=torch.cat([weight.detach() for weight in qkv]),
+        out=attention.o_proj.weight.detach(),
+        ffn_norm=module.post_attention_layernorm.weight.detach(),
+        gate_up=torch.cat([weight.detach() for weight in gate_up]),
+        down=ffn.down_proj.weight.detach(),
+    )
+
+
+def _check_supported(config: object) -> None:
+    kind = getattr(config, "model_type", None)
+    if kind not in SUPPORTED:
+        raise InvalidInputError("base", kind, f"the engine runs {', '.join(SUPPORTED)} models")
+    for field, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        found = getattr(config, field, wanted)
+        if found != wanted:
+            raise InvalidInputError(f"base config {field}", found, f"the engine computes {wanted!r} only")

@@ -1,0 +1,154 @@
+"""A sequence: one request on its way through the engine.
+
+It knows nothing of how it is computed or scheduled; it only holds state and reports events.
+Read first: `phase` moves forward only, along WAITING, BASE, STAGING, MIXING, DECODING to ENDED, and may end anywhere.
+A slot and a reservation are given back in `end`, exactly once, whatever the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+
+from runtime.engine.request import Event, Failed, Finished, Request, TokenDelta, Usage
+from runtime.engine.sampling import Sampler
+from runtime.engine.text import TextStream
+from runtime.errors import GreenroomError
+from runtime.memory.reservation import Reservation
+from runtime.model.generation import Mixture
+from runtime.model.locator import Decision
+
+_log = logging.getLogger(__name__)
+
+Sink = Callable[[Event], None]
+
+
+class Phase(Enum):
+    """Where a sequence stands."""
+
+    WAITING = auto()  # holds nothing
+    BASE = auto()  # holds KV; the prompt runs through the base-only layers
+    STAGING = auto()  # the mixture is known; its experts are awaited
+    MIXING = auto()  # the prompt runs through the expert layers
+    DECODING = auto()
+    ENDED = auto()
+
+
+class Sequence:
+    """State of one request.
+
+    Args:
+        request: what was asked.
+        prompt: token ids, at least one.
+        max_tokens: new tokens at most, after clipping to the context.
+        sink: gets the events.
+        tokenizer: for the text.
+    """
+
+    def __init__(
+        self, request: Request, prompt: list[int], *, max_tokens: int, sink: Sink, tokenizer: Tokenizer
+    ) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+        self.phase = Phase.WAITING
+        self.output: list[int] = []
+        self.times_passed = 0
+        self.slot: int | None = None
+        self.base_done = 0
+        self.mixed_done = 0
+        self.residual: list[torch.Tensor] = []
+        self.decision: Decision | None = None
+        self.mixture: Mixture | None = None
+        self.reservation: Reservation | None = None
+        self.on_end: Callable[[Sequence], None] = lambda _sequence: None
+        self._sink = sink
+        self._sampler = Sampler(request.sampling)
+        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._logits: list[torch.Tensor] = []
+        self._submitted = time.monotonic()
+        self._admitted = self._first_token = self._submitted
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the KV cache must be able to hold at the end."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def position(self) -> int:
+        """Position of the newest output token, which the next decode step feeds."""
+        return len(self.prompt) + len(self.output) - 1
+
+    def start(self, slot: int) -> None:
+        """Leave the queue with a KV slot."""
+        self.slot = slot
+        self.times_passed = 0
+        self._admitted = time.monotonic()
+        self.phase = Phase.BASE
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to the caller; a caller that cannot take it any more is logged and ignored."""
+        try:
+            self._sink(event)
+        except RuntimeError as error:  # the caller's event loop is closed
+            _log.warning("request %s: event dropped: %s", self.request.request_id, error)
+
+    def take(self, logits: torch.Tensor, eos_token_ids: tuple[int, ...]) -> None:
+        """Choose the next token from logits [V], emit its text, and end if it is the last."""
+        token = self._sampler.choose(logits)
+        if self.request.keep_logits:
+            self._logits.append(logits.float().cpu())
+        if not self.output:
+            self._first_token = time.monotonic()
+        self.output.append(token)
+        if token in eos_token_ids and not self.request.sampling.ignore_eos:
+            self._finish_text("stop", (token,))
+            return
+        text, stopped = self._text.push(token)
+        if stopped:
+            self.emit(TokenDelta(text, (token,)))
+            self.finish("stop")
+        elif len(self.output) >= self.max_tokens:
+            self.emit(TokenDelta(text, (token,)))
+            self._finish_text("length", ())
+        else:
+            self.emit(TokenDelta(text, (token,)))
+
+    def _finish_text(self, reason: Literal["stop", "length"], token_ids: tuple[int, ...]) -> None:
+        text = self._text.finish()
+        if text or token_ids:
+            self.emit(TokenDelta(text, token_ids))
+        self.finish(reason)
+
+    def finish(self, reason: Literal["stop", "length", "located"]) -> None:
+        """End with an answer."""
+        now = time.monotonic()
+        usage = Usage(
+            prompt_tokens=len(self.prompt),
+            completion_tokens=len(self.output),
+            queue_s=self._admitted - self._submitted,
+            first_token_s=self._first_token - self._submitted if self.output else 0.0,
+            total_s=now - self._submitted,
+        )
+        logits = torch.stack(self._logits).numpy().tobytes() if self._logits else b""
+        self._end(Finished(reason=reason, usage=usage, logits=logits))
+
+    def fail(self, error: GreenroomError) -> None:
+        """End without an answer."""
+        self._end(Failed(error))
+
+    def _end(self, event: Event) -> None:
+        if self.phase is Phase.ENDED:
+            return  # a request ends once; what comes later (a cancellation that crossed the last token) is void
+        self.phase = Phase.ENDED
+        if self.reservation is not None:
+            self.reservation.release()
+        self.residual.clear()
+        self.on_end(self)
+        self.emit(event)

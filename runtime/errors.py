@@ -1,0 +1,210 @@
+"""The exception tree: one class per way to be wrong that a caller can act on.
+
+It knows nothing of gRPC, HTTP or torch: `runtime.service.status` maps these classes to wire statuses along the MRO.
+Read first: every class has a stable `reason`, which clients may match on; the message is for people.
+
+    GreenroomError
+    |- InvalidInputError              a field of a request or option has a value we cannot take
+    |- NotFoundError
+    |  |- UnknownTaskError
+    |  `- UnknownBaseError
+    |- RepertoireError                what lies on disk is not what it says it is
+    |  |- NotARepertoireError         no HEAD, or no such generation
+    |  |- UnknownSchemaError          written by a version we do not know
+    |  |- ManifestError               a manifest field is missing, unknown or wrong
+    |  |- BlobMissingError            a blob that a manifest names is not there
+    |  |- BlobTruncatedError          a blob ends before the bytes that a manifest names
+    |  |- DigestMismatchError         bytes differ from their SHA-256
+    |  |- TensorMismatchError         a tensor is missing, unexpected, or of another shape or dtype
+    |  |- NonFiniteError              a weight is NaN or infinite
+    |  |- BaseMismatchError           made for another base model
+    |  `- PathEscapeError             a name that would leave the repertoire's folder
+    |- GenerationMismatchError        somebody else published first
+    |- ExhaustedError
+    |  |- QueueFullError
+    |  `- BudgetError                 a byte budget that can never hold what is asked
+    |- UnavailableError               starting or draining
+    |- DeadlineError
+    |- CancelledError
+    |- DataError                      a training or batch row we cannot use
+    `- ExportMismatchError            an exported artefact does not compute what torch computes
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GreenroomError(Exception):
+    """Root of all errors that this project raises on purpose."""
+
+    reason: ClassVar[str] = "INTERNAL"
+
+
+class InvalidInputError(GreenroomError):
+    """A field holds a value that cannot be used.
+
+    Args:
+        field: name of the field as the caller knows it.
+        value: the offending value; shortened in the message.
+        problem: what is wrong and what would be right.
+    """
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}={shown}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class NotFoundError(GreenroomError):
+    """Something named by the caller does not exist."""
+
+    reason = "NOT_FOUND"
+
+
+class UnknownTaskError(NotFoundError):
+    """A task name that the current generation does not hold."""
+
+    reason = "UNKNOWN_TASK"
+
+
+class UnknownBaseError(NotFoundError):
+    """A base model that is neither a known name nor a folder."""
+
+    reason = "UNKNOWN_BASE"
+
+
+class RepertoireError(GreenroomError):
+    """What lies on disk is not what it says it is."""
+
+    reason = "REPERTOIRE_INVALID"
+
+
+class NotARepertoireError(RepertoireError):
+    """The folder has no HEAD, or not the generation that was asked for."""
+
+    reason = "NOT_A_REPERTOIRE"
+
+
+class UnknownSchemaError(RepertoireError):
+    """A manifest of a schema version that this code does not read."""
+
+    reason = "UNKNOWN_SCHEMA"
+
+
+class ManifestError(RepertoireError):
+    """A manifest is not JSON, or a field is missing, unknown or out of range."""
+
+    reason = "MANIFEST_INVALID"
+
+
+class BlobMissingError(RepertoireError):
+    """A blob that a manifest names is not on disk."""
+
+    reason = "BLOB_MISSING"
+
+
+class BlobTruncatedError(RepertoireError):
+    """A blob ends before the bytes that the manifest names."""
+
+    reason = "BLOB_TRUNCATED"
+
+
+class DigestMismatchError(RepertoireError):
+    """Bytes whose SHA-256 differs from the one that names them."""
+
+    reason = "DIGEST_MISMATCH"
+
+
+class TensorMismatchError(RepertoireError):
+    """A tensor that is missing, unexpected, or of another shape or dtype than declared."""
+
+    reason = "TENSOR_MISMATCH"
+
+
+class NonFiniteError(RepertoireError):
+    """A weight that is NaN or infinite."""
+
+    reason = "NON_FINITE_WEIGHT"
+
+
+class BaseMismatchError(RepertoireError):
+    """A repertoire, or an expert, that was made for another base model."""
+
+    reason = "BASE_MISMATCH"
+
+
+class PathEscapeError(RepertoireError):
+    """A name that would leave the repertoire's folder."""
+
+    reason = "PATH_ESCAPE"
+
+
+class GenerationMismatchError(GreenroomError):
+    """The current generation is not the one the writer expected."""
+
+    reason = "GENERATION_MISMATCH"
+
+
+class ExhaustedError(GreenroomError):
+    """Something finite is used up; trying later may help."""
+
+    reason = "EXHAUSTED"
+
+
+class QueueFullError(ExhaustedError):
+    """The waiting queue holds as many requests as it may."""
+
+    reason = "QUEUE_FULL"
+
+
+class BudgetError(ExhaustedError):
+    """A byte budget that could not hold the request even if it were empty."""
+
+    reason = "BUDGET_TOO_SMALL"
+
+
+class UnavailableError(GreenroomError):
+    """The runtime is starting, draining or closed."""
+
+    reason = "UNAVAILABLE"
+
+
+class DeadlineError(GreenroomError):
+    """The deadline passed before the answer was complete."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class CancelledError(GreenroomError):
+    """The caller cancelled the request."""
+
+    reason = "CANCELLED"
+
+
+class DataError(GreenroomError):
+    """A row of a data file that cannot be used.
+
+    Args:
+        source: file or dataset.
+        line: line number from 1, or 0 where the whole file is meant.
+        problem: which field is wrong, its value, and what would be right.
+    """
+
+    reason = "DATA_INVALID"
+
+    def __init__(self, source: str, line: int, problem: str) -> None:
+        super().__init__(f"{source}:{line}: {problem}" if line else f"{source}: {problem}")
+        self.line = line
+        self.problem = problem
+
+
+class ExportMismatchError(GreenroomError):
+    """An exported artefact does not compute what torch computes."""
+
+    reason = "EXPORT_MISMATCH"

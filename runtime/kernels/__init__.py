@@ -1,0 +1,1 @@
+"""Tensor arithmetic of routed mixtures: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Where experts are: from disk into host memory under a byte budget."""

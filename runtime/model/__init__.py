@@ -1,0 +1,1 @@
+"""What a mixture is: experts, routers, locator, and the repertoire that holds them on disk."""

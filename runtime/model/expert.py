@@ -1,0 +1,168 @@
+"""An expert: the LoRA update of one layer's FFN, and its bytes in a blob.
+
+It knows nothing of files; `runtime.model.repertoire` reads and writes the bytes that are made and parsed here.
+Read first: a blob is a safetensors file whose tensors are sorted by layer, so that one expert is one contiguous range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+
+from runtime.errors import NonFiniteError, TensorMismatchError
+from runtime.model.manifest import TARGETS, BaseRef, ExpertSet, Target, Unit
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One linear's update `scale * B A x`: `a` is A [R, in], `b` is B [out, R]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The update of one layer's FFN; `y += scale * B A x` inside each of its three linears (LoRA, arXiv 2106.09685)."""
+
+    layer: int
+    scale: float
+    updates: Mapping[Target, LowRank]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for update in self.updates.values() for tensor in (update.a, update.b))
+
+
+def unit_tensors(ranks: Mapping[Target, int], base: BaseRef) -> dict[str, tuple[int, int]]:
+    """Return name within the unit -> shape, in the order of the bytes on disk (sorted by name)."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for target in sorted(ranks):
+        wide, narrow = (base.ffn_width, base.width) if target == "down" else (base.width, base.ffn_width)
+        shapes[f"{target}.a"] = (ranks[target], wide)
+        shapes[f"{target}.b"] = (narrow, ranks[target])
+    return shapes
+
+
+def pack_expert_set(experts: Mapping[int, Expert], *, task: str, dtype: str, base: BaseRef) -> tuple[bytes, ExpertSet]:
+    """Serialise the experts of a task, one per layer, and describe the result.
+
+    Args:
+        experts: layer -> expert; all with one scale.
+        task: the task that trained them; part of the identity.
+        dtype: storage dtype, a key of `DTYPES`.
+        base: shapes are checked against it.
+
+    Returns:
+        the blob's bytes, and its entry for the manifest.
+
+    Raises:
+        TensorMismatchError: a shape does not fit the base, or the scales differ.
+        NonFiniteError: a weight is NaN or infinite, or becomes so in `dtype`.
+    """
+    scales = {expert.scale for expert in experts.values()}
+    if len(scales) != 1:
+        raise TensorMismatchError(f"expert set of {task}: one scale for all layers is needed, got {sorted(scales)}")
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, expert in experts.items():
+        shapes = unit_tensors({target: update.rank for target, update in expert.updates.items()}, base)
+        for name, shape in shapes.items():
+            target, side = name.split(".")
+            update = expert.updates[target]  # type: ignore[index]
+            tensor = update.a if side == "a" else update.b
+            if tuple(tensor.shape) != shape:
+                raise TensorMismatchError(f"layer {layer} {name}: shape {tuple(tensor.shape)}, the base needs {shape}")
+            stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+            if not torch.isfinite(stored).all():
+                raise NonFiniteError(f"expert set of {task}: layer {layer} {name} holds NaN or infinity")
+            tensors[f"layer.{layer:04d}.{name}"] = stored
+    scale = scales.pop()
+    # The metadata make the configuration part of the bytes, hence of the identity.
+    blob = save(tensors, metadata={"kind": "expert_set", "task": task, "scale": repr(scale)})
+    digest = hashlib.sha256(blob).hexdigest()
+    units = tuple(_unit(blob, layer, experts[layer]) for layer in sorted(experts))
+    entry = ExpertSet(digest=digest, task=task, bytes=len(blob), dtype=dtype, scale=scale, units=units)  # type: ignore[arg-type]
+    return blob, entry
+
+
+def _unit(blob: bytes, layer: int, expert: Expert) -> Unit:
+    header, data_start = blob_header(blob)
+    ranges = [entry["data_offsets"] for name, entry in header.items() if name.startswith(f"layer.{layer:04d}.")]
+    start, end = min(begin for begin, _ in ranges), max(end for _, end in ranges)
+    assert end - start == sum(stop - begin for begin, stop in ranges), "tensors of one layer must be contiguous"
+    data = blob[data_start + start : data_start + end]
+    return Unit(
+        layer=layer,
+        ranks={target: expert.updates[target].rank for target in TARGETS if target in expert.updates},
+        offset=data_start + start,
+        bytes=end - start,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def blob_header(blob: bytes) -> tuple[dict[str, dict[str, list[int]]], int]:
+    """Return the tensor entries of a safetensors blob and the offset at which tensor data begin."""
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def check_header(header: Mapping[str, Mapping[str, object]], data_start: int, entry: ExpertSet, base: BaseRef) -> None:
+    """Check that a blob holds exactly the tensors that its manifest entry declares, where it declares them.
+
+    Raises:
+        TensorMismatchError: a tensor is missing, unexpected, or of another dtype, shape or place.
+    """
+    expected: dict[str, dict[str, object]] = {}
+    for unit in entry.units:
+        position = unit.offset - data_start
+        for name, shape in unit_tensors(unit.ranks, base).items():
+            end = position + math.prod(shape) * DTYPES[entry.dtype].itemsize
+            expected[f"layer.{unit.layer:04d}.{name}"] = {
+                "dtype": _SAFETENSORS_DTYPES[entry.dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        if position != unit.offset - data_start + unit.bytes:
+            raise TensorMismatchError(f"expert set {entry.digest}: layer {unit.layer} declares {unit.bytes} bytes")
+    for name in sorted(expected.keys() | header.keys()):
+        if header.get(name) != expected.get(name):
+            raise TensorMismatchError(
+                f"expert set {entry.digest}: {name} is {header.get(name)}, the manifest says {expected.get(name)}"
+            )
+
+
+def parse_unit(data: bytearray, unit: Unit, entry: ExpertSet, base: BaseRef) -> Expert:
+    """Return the expert in the bytes of one unit; its tensors share memory with `data`.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    flat = torch.frombuffer(data, dtype=DTYPES[entry.dtype])
+    if not torch.isfinite(flat).all():
+        raise NonFiniteError(f"expert set {entry.digest}: layer {unit.layer} holds NaN or infinity")
+    tensors: dict[str, torch.Tensor] = {}
+    position = 0
+    for name, shape in unit_tensors(unit.ranks, base).items():
+        size = math.prod(shape)
+        tensors[name] = flat[position : position + size].view(shape)
+        position += size
+    updates = {target: LowRank(tensors[f"{target}.a"], tensors[f"{target}.b"]) for target in unit.ranks}
+    return Expert(layer=unit.layer, scale=entry.scale, updates=updates)

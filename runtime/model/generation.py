@@ -1,0 +1,166 @@
+"""One generation, opened: manifest, locator, and every task's mixture.
+
+It knows nothing of expert weights, which stay on disk until `runtime.memory` reads them.
+Read first: a task whose router or locator entry cannot be read is quarantined in `faults`; the others are unharmed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from runtime.errors import BaseMismatchError, RepertoireError
+from runtime.model.base import BaseInfo
+from runtime.model.locator import Locator, frame_shapes, vae_shapes
+from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Task, Unit
+from runtime.model.prompt import PromptTemplate
+from runtime.model.repertoire import Repertoire
+
+
+@dataclass(frozen=True)
+class Router:
+    """`TopK` router of one layer: `w = top_k_weights(W x)`.
+
+    Args:
+        weight: W [E, D] float32; row j scores the j-th visible expert.
+        experts: digests of the visible experts, E of them.
+    """
+
+    weight: torch.Tensor
+    experts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Router and visible set of one task.
+
+    Args:
+        task: its name.
+        digest: identity for caches: SHA-256 over generation, task, router and visible set as length-prefixed fields.
+        top_k: experts per token and layer, K.
+        routers: layer -> router.
+    """
+
+    task: str
+    digest: str
+    top_k: int
+    routers: Mapping[int, Router]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An opened generation; immutable.
+
+    Args:
+        manifest: what was published.
+        template: how an input becomes a prompt.
+        locator: over all tasks without a fault.
+        mixtures: task -> mixture, of all tasks without a fault.
+        faults: task -> why it cannot be served.
+    """
+
+    manifest: Manifest
+    template: PromptTemplate
+    locator: Locator
+    mixtures: Mapping[str, Mixture]
+    faults: Mapping[str, RepertoireError]
+
+    def mixture(self, task: str) -> Mixture:
+        """Return the mixture of a task.
+
+        Raises:
+            UnknownTaskError: no such task.
+            RepertoireError: the task is quarantined.
+        """
+        self.manifest.task(task)
+        if task in self.faults:
+            raise self.faults[task]
+        return self.mixtures[task]
+
+    def visible_units(self, mixture: Mixture) -> tuple[tuple[ExpertSet, Unit], ...]:
+        """Every (layer, expert) that a sequence of this mixture can touch, by layer."""
+        digests = {digest for router in mixture.routers.values() for digest in router.experts}
+        pairs = [(entry, unit) for entry in self.manifest.experts if entry.digest in digests for unit in entry.units]
+        return tuple(sorted(pairs, key=lambda pair: (pair[1].layer, pair[0].digest)))
+
+
+def base_ref(info: BaseInfo) -> BaseRef:
+    """The manifest's record of a base model."""
+    return BaseRef(
+        name=info.name,
+        digest=info.digest,
+        tokenizer_digest=info.tokenizer_digest,
+        architecture=info.architecture,
+        num_layers=info.num_layers,
+        width=info.width,
+        ffn_width=info.ffn_width,
+        vocab_size=info.vocab_size,
+    )
+
+
+def check_base(manifest: Manifest, info: BaseInfo) -> None:
+    """Check that a repertoire was made for this base model and tokenizer; the base's name does not matter.
+
+    Raises:
+        BaseMismatchError: a digest differs.
+    """
+    for field in ("digest", "tokenizer_digest"):
+        wanted, found = getattr(manifest.base, field), getattr(info, field)
+        if wanted != found:
+            made_for = f"the repertoire was made for {manifest.base.name}, {wanted[:12]}..."
+            raise BaseMismatchError(f"base {info.name}: {field} is {found[:12]}..., {made_for}")
+
+
+def open_generation(repertoire: Repertoire, number: int | None = None) -> Generation:
+    """Open a generation, the current one by default.
+
+    Raises:
+        RepertoireError: manifest or frame cannot be read; a fault of one task alone is recorded, not raised.
+    """
+    manifest = repertoire.manifest(number)
+    frame = repertoire.read_tensors(manifest.locator.frame, frame_shapes(manifest.base.width))
+    entries, mixtures, faults = [], {}, {}
+    for task in manifest.tasks:
+        try:
+            vae = repertoire.read_tensors(task.locator.digest, vae_shapes())
+            mixtures[task.name] = _open_mixture(repertoire, manifest, task)
+            entries.append((task.name, vae, task.locator))
+        except RepertoireError as error:
+            faults[task.name] = error
+    return Generation(
+        manifest=manifest,
+        template=PromptTemplate.parse(manifest.prompt_template),
+        locator=Locator(frame, entries, score=manifest.locator.score),
+        mixtures=mixtures,
+        faults=faults,
+    )
+
+
+def router_tensor_name(layer: int) -> str:
+    """Name of a layer's router weight in the router blob."""
+    return f"layer.{layer:04d}.weight"
+
+
+def _open_mixture(repertoire: Repertoire, manifest: Manifest, task: Task) -> Mixture:
+    visible = manifest.visible_layers(task)
+    shapes = {router_tensor_name(layer): (len(experts), manifest.base.width) for layer, experts in visible.items()}
+    tensors = repertoire.read_tensors(task.router.digest, shapes)
+    return Mixture(
+        task=task.name,
+        digest=_digest(
+            str(manifest.generation), task.name, task.router.digest, str(task.router.top_k), *task.router.visible
+        ),
+        top_k=task.router.top_k,
+        routers={layer: Router(tensors[router_tensor_name(layer)], experts) for layer, experts in visible.items()},
+    )
+
+
+def _digest(*fields: str) -> str:
+    hasher = hashlib.sha256()
+    for field in fields:
+        data = field.encode()
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return hasher.hexdigest()

@@ -1,0 +1,203 @@
+"""The manifest of one generation: what `generations/000007.json` may say, and nothing else.
+
+It knows nothing of files or tensors: it only checks that a manifest is consistent in itself.
+Read first: a manifest is immutable; publishing always writes a new one. `docs/FORMAT.md` is the normative text.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from runtime.errors import ManifestError, UnknownSchemaError, UnknownTaskError
+from runtime.model.names import NAME_PATTERN
+
+SCHEMA_VERSION = 1
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+Target = Literal["gate", "up", "down"]
+TARGETS: tuple[Target, ...] = ("gate", "up", "down")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BaseRef(_Record):
+    """The base model that every expert of the repertoire was trained on."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    digest: Digest
+    tokenizer_digest: Digest
+    architecture: str
+    num_layers: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+    ffn_width: Annotated[int, Field(ge=1)]
+    vocab_size: Annotated[int, Field(ge=1)]
+
+
+class Unit(_Record):
+    """One (layer, expert): a contiguous range of the expert set's blob.
+
+    `offset` and `bytes` are in bytes from the start of the blob file; `sha256` is over exactly that range.
+    """
+
+    layer: Annotated[int, Field(ge=0)]
+    ranks: dict[Target, Annotated[int, Field(ge=1)]]
+    offset: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=1)]
+    sha256: Digest
+
+
+class ExpertSet(_Record):
+    """The experts that one task trained, one per layer, in one blob; its digest is the identity of each of them."""
+
+    digest: Digest
+    task: Name
+    bytes: Annotated[int, Field(ge=1)]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    units: Annotated[tuple[Unit, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> Self:
+        layers = [unit.layer for unit in self.units]
+        if layers != sorted(set(layers)):
+            raise ValueError(f"units of expert set {self.digest}: layers must ascend without repetition, got {layers}")
+        if any(unit.offset + unit.bytes > self.bytes for unit in self.units):
+            raise ValueError(f"units of expert set {self.digest}: a range ends behind the blob's {self.bytes} bytes")
+        return self
+
+
+class RouterRef(_Record):
+    """A task's router: one weight [E, D] per layer; row j belongs to the j-th visible expert that has this layer."""
+
+    kind: Literal["top_k"]
+    digest: Digest
+    top_k: Annotated[int, Field(ge=1)]
+    visible: tuple[Digest, ...]
+
+
+class LocatorEntry(_Record):
+    """A task's density model and the calibration of its score on held-out features.
+
+    `mean` and `sd` are those of the raw reconstruction error; above `threshold` a prompt is not of this task.
+    """
+
+    digest: Digest
+    mean: float
+    sd: Annotated[float, Field(gt=0)]
+    threshold: float
+
+
+class LocatorRef(_Record):
+    """What all tasks share: the frame (normalisation and projection of features) and how scores are compared."""
+
+    frame: Digest
+    feature: Literal["residual_mean"]
+    layer: Annotated[int, Field(ge=0)]
+    score: Literal["raw", "z", "abs_z"]
+
+
+class Task(_Record):
+    """What a user trained: own expert set, router over the visible set, locator entry."""
+
+    name: Name
+    experts: Digest | None
+    router: RouterRef
+    locator: LocatorEntry
+    trained_parameters: Annotated[int, Field(ge=0)]
+
+
+class Manifest(_Record):
+    """Everything of one generation."""
+
+    schema_version: Literal[1]
+    generation: Annotated[int, Field(ge=1)]
+    parent: Annotated[int, Field(ge=1)] | None
+    base: BaseRef
+    prompt_template: str
+    first_layer: Annotated[int, Field(ge=0)]
+    locator: LocatorRef
+    experts: tuple[ExpertSet, ...]
+    tasks: tuple[Task, ...]
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        known = {expert_set.digest: expert_set for expert_set in self.experts}
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"tasks: a name occurs twice in {names}")
+        if not self.first_layer < self.base.num_layers:
+            raise ValueError(f"first_layer={self.first_layer}: the base has {self.base.num_layers} layers")
+        for expert_set in self.experts:
+            lowest, highest = expert_set.units[0].layer, expert_set.units[-1].layer
+            if lowest < self.first_layer or highest >= self.base.num_layers:
+                raise ValueError(f"expert set {expert_set.digest}: layers {lowest}..{highest} are out of range")
+        for task in self.tasks:
+            for digest in (*task.router.visible, *((task.experts,) if task.experts else ())):
+                if digest not in known:
+                    raise ValueError(f"task {task.name}: expert set {digest} is not listed")
+        return self
+
+    def task(self, name: str) -> Task:
+        """Return the task of this name.
+
+        Raises:
+            UnknownTaskError: there is none.
+        """
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise UnknownTaskError(f"task={name!r}: generation {self.generation} holds {self.task_names()}")
+
+    def task_names(self) -> tuple[str, ...]:
+        """Names of all tasks in the order of their arrival."""
+        return tuple(task.name for task in self.tasks)
+
+    def expert_set(self, digest: str) -> ExpertSet:
+        """Return a listed expert set; `_references_resolve` guarantees that every referenced one is listed."""
+        return next(expert_set for expert_set in self.experts if expert_set.digest == digest)
+
+    def visible_layers(self, task: Task) -> dict[int, tuple[str, ...]]:
+        """Return for every layer the digests of the visible experts there, in the order of the router's rows."""
+        layers: dict[int, tuple[str, ...]] = {}
+        for digest in task.router.visible:
+            for unit in self.expert_set(digest).units:
+                layers[unit.layer] = (*layers.get(unit.layer, ()), digest)
+        return dict(sorted(layers.items()))
+
+    def blob_digests(self) -> frozenset[str]:
+        """All blobs that this generation needs."""
+        digests = {self.locator.frame, *(expert_set.digest for expert_set in self.experts)}
+        for task in self.tasks:
+            digests |= {task.router.digest, task.locator.digest}
+        return frozenset(digests)
+
+    def to_json(self) -> bytes:
+        """Serialise; keys in declaration order, two-space indent, newline at the end."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
+
+def parse_manifest(data: bytes, *, source: str) -> Manifest:
+    """Parse and check a manifest.
+
+    Raises:
+        UnknownSchemaError: `schema_version` is not one that this code reads.
+        ManifestError: not JSON, or a field is missing, unknown or inconsistent; the message names the field.
+    """
+    try:
+        version = json.loads(data).get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise ManifestError(f"{source}: not a JSON object: {error}") from error
+    if version != SCHEMA_VERSION:
+        raise UnknownSchemaError(f"{source}: schema_version={version!r}, this version reads {SCHEMA_VERSION}")
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ManifestError(f"{source}: {where}: {first['msg']} (got {str(first['input'])[:80]!r})") from error

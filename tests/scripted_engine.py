@@ -1,0 +1,192 @@
+"""An engine that plays a script instead of computing: for tests of everything around the real one.
+
+It does not know tokens or experts; what a request does is written in its text.
+Read first: a text is a line of verbs, see `ScriptedEngine`; a held request waits until `release`, never for a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from runtime.engine.engine import EngineStatistics
+from runtime.engine.request import (
+    Event,
+    ExpertUse,
+    Failed,
+    Finished,
+    Located,
+    Request,
+    TaskScore,
+    TokenDelta,
+    Usage,
+)
+from runtime.errors import CancelledError, DeadlineError, GreenroomError, InvalidInputError, UnavailableError
+from runtime.memory.memory import MemoryStatistics
+
+PATIENCE_S = 10.0
+DIGEST = "ab" * 32
+MEMORY = MemoryStatistics(
+    budget_bytes=1,
+    resident_bytes=2,
+    reserved_bytes=3,
+    resident_units=4,
+    hits=5,
+    misses=6,
+    loads=7,
+    evictions=8,
+    failures=9,
+    bytes_read=10,
+    load_s=11.5,
+)
+
+
+@dataclass
+class Running:
+    request: Request
+    sink: Callable[[Event], None]
+    ended: bool = False
+
+
+class ScriptedEngine:
+    """Answers with its own text, word by word.
+
+    - "hold ...": after the first word, waits until `release()`.
+    - "refuse NAME": `submit` raises `refusals[NAME]`.
+    - "fail NAME": the request ends in `refusals[NAME]` after it was located.
+    """
+
+    def __init__(self, refusals: dict[str, Exception] | None = None) -> None:
+        self.refusals = refusals or {}
+        self.generation = SimpleNamespace(manifest=SimpleNamespace(base=SimpleNamespace(name="tiny", digest=DIGEST)))
+        self.may_start = threading.Event()
+        self.may_start.set()
+        self.may_submit = threading.Event()
+        self.may_submit.set()
+        self.submitting = threading.Event()
+        self.requests: list[Request] = []
+        self.cancelled: list[str] = []
+        self.closed = 0
+        self._changed = threading.Condition()
+        self._live: dict[str, Running] = {}
+        self._refusing: str | None = "not started"
+
+    def start(self) -> None:
+        assert self.may_start.wait(PATIENCE_S)
+        self._refusing = None
+
+    def submit(self, request: Request, sink: Callable[[Event], None]) -> None:
+        self.submitting.set()
+        assert self.may_submit.wait(PATIENCE_S)
+        verb, _, name = request.text.partition(" ")
+        if verb == "refuse":
+            raise self.refusals[name]
+        if request.deadline is not None and request.deadline <= time.monotonic():
+            raise DeadlineError("too late")
+        with self._changed:
+            if self._refusing is not None:
+                raise UnavailableError(self._refusing)
+            if request.request_id in self._live:
+                raise InvalidInputError("request_id", request.request_id, "is in use by a request in flight")
+            self.requests.append(request)
+            running = self._live[request.request_id] = Running(request, sink)
+            self._changed.notify_all()
+        sink(self._located(request))
+        if verb == "fail":
+            error = self.refusals[name]
+            assert isinstance(error, GreenroomError)
+            self._end(running, Failed(error))
+        elif request.locate_only:
+            self._finish(running, "located")
+        else:
+            first, *rest = request.text.split(" ")
+            sink(TokenDelta(first, (0,)))
+            if verb != "hold":
+                self._speak(running, rest)
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            self.cancelled.append(request_id)
+            running = self._live.get(request_id)
+            self._changed.notify_all()
+        if running is not None:
+            self._end(running, Failed(CancelledError("cancelled by the caller")))
+
+    def release(self) -> None:
+        """Let every held request go on."""
+        for running in list(self._live.values()):
+            self._speak(running, running.request.text.split(" ")[1:])
+
+    def wait_live(self, count: int) -> None:
+        """Block until so many requests are in flight."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self._live) == count, PATIENCE_S), len(self._live)
+
+    def wait_cancelled(self) -> None:
+        """Block until `cancel` was called."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.cancelled, PATIENCE_S)
+
+    def wait_refusing(self) -> None:
+        """Block until a drain has begun."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._refusing is not None, PATIENCE_S)
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            generation=3,
+            tasks=("dates", "orders"),
+            running=len(self._live),
+            waiting=1,
+            steps=2,
+            tokens=3,
+            kv_bytes_reserved=4,
+            memory=MEMORY,
+        )
+
+    def drain(self, grace_s: float) -> None:
+        with self._changed:
+            self._refusing = "draining"
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._live, grace_s)
+        for running in list(self._live.values()):
+            self._end(running, Failed(UnavailableError("the server stopped")))
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def _speak(self, running: Running, words: list[str]) -> None:
+        for number, word in enumerate(words, start=1):
+            running.sink(TokenDelta(f" {word}", (number,)))
+        self._finish(running, "stop")
+
+    def _finish(self, running: Running, reason: str) -> None:
+        num_tokens = len(running.request.text.split(" "))
+        usage = Usage(prompt_tokens=7, completion_tokens=num_tokens, queue_s=0.5, first_token_s=0.75, total_s=2.5)
+        self._end(running, Finished(reason=reason, usage=usage))  # type: ignore[arg-type]
+
+    def _end(self, running: Running, event: Finished | Failed) -> None:
+        with self._changed:
+            if running.ended:
+                return
+            running.ended = True
+            del self._live[running.request.request_id]
+            self._changed.notify_all()
+        running.sink(event)
+
+    def _located(self, request: Request) -> Located:
+        if request.base_only:
+            return Located(task=None, how="base", margin=0.0, scores=(), generation=3, experts=())
+        task = request.task or "orders"
+        use = ExpertUse(digest=DIGEST, task=task, num_layers=4, source="disk", bytes_read=4096, load_s=0.25)
+        return Located(
+            task=task,
+            how="pinned" if request.task else "located",
+            margin=0.125,
+            scores=() if request.task else (TaskScore("orders", 1.0), TaskScore("dates", 1.125)),
+            generation=3,
+            experts=() if request.locate_only else (use,),
+        )

@@ -1,0 +1,127 @@
+"""The locator's features, frame and densities, as training makes them."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from runtime.errors import InvalidInputError
+from runtime.model.attach import decoder_layers
+from runtime.model.base import BaseModel
+from runtime.model.locator import Locator, frame_shapes, pool, vae_shapes
+from runtime.model.manifest import LocatorEntry
+from runtime.model.prompt import default_template
+from training.config import TrainingConfig
+from training.features import features
+from training.locator import calibrate, make_frame, train_entry
+from training.reference_prompts import reference_prompts
+
+LAYER = 2
+CONFIG = TrainingConfig(locator_steps=150)
+DIGIT_WORDS = ("12", "305", "77", "4096", "8", "19", "2024", "63")
+ANIMAL_WORDS = ("cow", "goat", "hen", "owl", "fox", "yak", "emu", "ewe")
+
+
+def prompts(base: BaseModel, words: tuple[str, ...], *, num: int, seed: int) -> list[list[int]]:
+    rng, template = random.Random(seed), default_template(base)
+    return [template.encode(base.tokenizer, " ".join(rng.choices(words, k=rng.randint(4, 8)))) for _ in range(num)]
+
+
+def reference(base: BaseModel) -> torch.Tensor:
+    template = default_template(base)
+    return features(base, [template.encode(base.tokenizer, text) for text in reference_prompts()], LAYER)
+
+
+def entry(base: BaseModel, frame: dict[str, torch.Tensor], name: str, words: tuple[str, ...]) -> tuple:
+    own = features(base, prompts(base, words, num=200, seed=1), LAYER)
+    vae, found = train_entry(frame, own, reference(base), CONFIG, seed=3)
+    return name, vae, LocatorEntry(digest="0" * 64, mean=found.mean, sd=found.sd, threshold=found.threshold)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_features_are_the_pooled_residual_stream_that_enters_the_layer(tiny_base: BaseModel, layer: int) -> None:
+    prompt = prompts(tiny_base, DIGIT_WORDS, num=1, seed=0)[0]
+    with torch.no_grad():
+        states = tiny_base.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(features(tiny_base, [prompt], layer)[0], pool(states[layer][0]), rtol=0, atol=1e-6)
+
+
+def test_a_feature_does_not_depend_on_the_batch_it_is_computed_in(tiny_base: BaseModel) -> None:
+    some = [*prompts(tiny_base, ANIMAL_WORDS, num=9, seed=5), [1], list(range(3, 200))]
+    alone = torch.cat([features(tiny_base, [prompt], LAYER) for prompt in some])
+    for batch_size in (1, 4, 32):
+        together = features(tiny_base, some, LAYER, batch_size=batch_size)
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_features_run_no_layer_from_theirs_on(tiny_base: BaseModel) -> None:
+    ran: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, layer in enumerate(decoder_layers(tiny_base.model))
+    ]
+    features(tiny_base, [[1, 2, 3]], LAYER)
+    for hook in hooks:
+        hook.remove()
+    assert ran == [0, 1]
+    assert not decoder_layers(tiny_base.model)[LAYER]._forward_pre_hooks
+
+
+def test_a_frame_follows_from_reference_and_seed_alone() -> None:
+    own = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)) * 3 + 2
+    own[:, 5] = 1.0
+    one, same, other = (make_frame(own, seed=seed) for seed in (4, 4, 5))
+    assert {name: tuple(tensor.shape) for name, tensor in one.items()} == frame_shapes(64)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["projection"], other["projection"])
+    assert one["deviation"][5] > 0
+    assert one["projection"].std() == pytest.approx(1 / math.sqrt(64), rel=0.02)
+
+
+def test_two_different_tasks_are_told_apart_and_noise_is_neither(tiny_base: BaseModel) -> None:
+    frame = make_frame(reference(tiny_base), seed=0)
+    words = {"animals": ANIMAL_WORDS, "digits": DIGIT_WORDS}
+    locator = Locator(frame, [entry(tiny_base, frame, name, some) for name, some in words.items()], score="raw")
+    for name, some in words.items():
+        unseen = features(tiny_base, prompts(tiny_base, some, num=100, seed=2), LAYER)
+        right = [decision.task for decision in locator.locate(unseen)].count(name)
+        assert right >= 97, (name, right)
+    rng = random.Random(9)
+    noise = [[rng.randrange(3, 259) for _ in range(rng.randint(10, 40))] for _ in range(50)]
+    found = [decision.task for decision in locator.locate(features(tiny_base, noise, LAYER))]
+    assert found.count(None) >= 48
+
+
+def test_an_entry_is_the_same_for_the_same_seed_and_another_for_another(tiny_base: BaseModel) -> None:
+    frame = make_frame(reference(tiny_base), seed=0)
+    own = features(tiny_base, prompts(tiny_base, DIGIT_WORDS, num=40, seed=1), LAYER)
+    config = TrainingConfig(locator_steps=3)
+    one, same, other = (train_entry(frame, own, reference(tiny_base), config, seed=seed) for seed in (1, 1, 2))
+    assert {name: tuple(tensor.shape) for name, tensor in one[0].items()} == vae_shapes()
+    assert one[1] == same[1]
+    assert all(torch.equal(one[0][name], same[0][name]) for name in one[0])
+    assert not torch.equal(one[0]["encode.weight"], other[0]["encode.weight"])
+
+
+def test_the_threshold_lies_between_the_task_and_everything_else() -> None:
+    inside = torch.tensor([1.0, 1.2, 0.8, 1.0])
+    sd = float(inside.std())
+    found = calibrate(inside, torch.linspace(100.0, 200.0, 101))
+    assert found.mean == pytest.approx(1.0)
+    assert found.sd == pytest.approx(sd)
+    assert found.threshold == pytest.approx(math.sqrt((1 + 4 * sd) * 105.0))
+
+
+def test_no_prompt_of_the_task_is_given_up_where_other_prompts_look_alike() -> None:
+    inside = torch.tensor([1.0, 1.1, 0.9, 5.0])
+    found = calibrate(inside, torch.full((20,), 2.0))
+    assert found.threshold >= 5.0
+
+
+def test_too_few_examples_for_a_density_are_refused_by_number() -> None:
+    own = torch.zeros(7, 64)
+    with pytest.raises(InvalidInputError, match=r"examples=7: the locator needs 8"):
+        train_entry(make_frame(torch.randn(9, 64), seed=0), own, own, CONFIG, seed=0)

@@ -1,0 +1,233 @@
+"""The repertoire on disk: what is written is read back, each fault has its own error, and a crash loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from repertoires import Workshop
+
+from runtime.errors import (
+    BaseMismatchError,
+    BlobMissingError,
+    BlobTruncatedError,
+    DigestMismatchError,
+    GenerationMismatchError,
+    ManifestError,
+    NonFiniteError,
+    NotARepertoireError,
+    PathEscapeError,
+    RepertoireError,
+    TensorMismatchError,
+    UnknownSchemaError,
+)
+from runtime.model.base import BaseModel
+from runtime.model.expert import pack_expert_set, unit_tensors
+from runtime.model.generation import check_base, open_generation
+from runtime.model.manifest import ExpertSet, Manifest
+from runtime.model.repertoire import Repertoire
+
+
+@pytest.fixture
+def published(workshop: Workshop) -> Workshop:
+    workshop.publish("red", "aaaa")
+    return workshop
+
+
+def blob_path(workshop: Workshop, digest: str) -> Path:
+    return workshop.repertoire.root / "blobs" / "sha256" / digest[:2] / digest
+
+
+def read_first(workshop: Workshop) -> None:
+    """Read a unit as a runtime that just started would."""
+    manifest = workshop.repertoire.manifest()
+    entry = manifest.experts[0]
+    Repertoire(workshop.repertoire.root).read_unit(entry, entry.units[0], manifest.base)
+
+
+def rewrite(workshop: Workshop, **changes: object) -> None:
+    """Change top-level fields of the current manifest, behind the writer's back."""
+    path = workshop.repertoire.root / "generations" / "000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_one_expert_is_one_contiguous_read_and_comes_back_as_it_was(workshop: Workshop) -> None:
+    manifest = workshop.publish("red", "aaaa", rank=4)
+    entry = manifest.experts[0]
+    for unit in entry.units:
+        expert = workshop.repertoire.read_unit(entry, unit, manifest.base)
+        sizes = {name: shape[0] * shape[1] for name, shape in unit_tensors(unit.ranks, manifest.base).items()}
+        assert unit.bytes == 4 * sum(sizes.values())
+        packed, again = pack_expert_set({unit.layer: expert}, task="red", dtype="float32", base=manifest.base)
+        assert again.units[0].sha256 == unit.sha256
+        assert packed[again.units[0].offset :][: unit.bytes] == bytes(
+            blob_path(workshop, entry.digest).read_bytes()[unit.offset :][: unit.bytes]
+        )
+
+
+def test_a_manifest_reads_back_equal_and_names_only_what_is_there(published: Workshop) -> None:
+    manifest = published.repertoire.manifest()
+    assert Manifest.model_validate_json(manifest.to_json()) == manifest
+    assert all(blob_path(published, digest).is_file() for digest in manifest.blob_digests())
+
+
+def test_a_truncated_blob_is_reported_as_such(published: Workshop) -> None:
+    path = blob_path(published, published.repertoire.manifest().experts[0].digest)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BlobTruncatedError, match="the manifest says"):
+        read_first(published)
+
+
+def test_a_flipped_bit_is_a_wrong_digest(published: Workshop) -> None:
+    entry = published.repertoire.manifest().experts[0]
+    path = blob_path(published, entry.digest)
+    data = bytearray(path.read_bytes())
+    data[entry.units[0].offset] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DigestMismatchError, match="layer 2"):
+        read_first(published)
+
+
+def test_a_missing_blob_is_reported_as_such(published: Workshop) -> None:
+    blob_path(published, published.repertoire.manifest().experts[0].digest).unlink()
+    with pytest.raises(BlobMissingError, match="of task red"):
+        read_first(published)
+
+
+def test_a_blob_that_holds_other_tensors_than_declared_is_rejected(published: Workshop) -> None:
+    manifest = published.repertoire.manifest()
+    entry = manifest.experts[0]
+    unit = entry.units[0].model_copy(update={"ranks": {"gate": 4, "up": 5, "down": 3}})
+    wrong = entry.model_copy(update={"units": (unit, *entry.units[1:])})
+    with pytest.raises(TensorMismatchError, match=r"layer\.0002"):
+        Repertoire(published.repertoire.root).read_unit(wrong, unit, manifest.base)
+
+
+def test_a_file_that_is_no_safetensors_is_rejected(published: Workshop) -> None:
+    manifest = published.repertoire.manifest()
+    entry = manifest.experts[0]
+    path = blob_path(published, entry.digest)
+    path.write_bytes(b"\x80\x04\x95" + bytes(entry.bytes - 3))  # how a pickle begins
+    with pytest.raises(TensorMismatchError, match="a header of"):
+        read_first(published)
+
+
+def test_weights_that_are_not_finite_cannot_be_written_nor_read(published: Workshop) -> None:
+    manifest = published.repertoire.manifest()
+    entry, unit = manifest.experts[0], manifest.experts[0].units[0]
+    expert = published.repertoire.read_unit(entry, unit, manifest.base)
+    expert.updates["gate"].a[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"layer 2 gate\.a"):
+        pack_expert_set({2: expert}, task="red", dtype="float32", base=manifest.base)
+    big = expert.updates["gate"].a
+    big[0, 0] = 1e30
+    with pytest.raises(NonFiniteError):
+        pack_expert_set({2: expert}, task="red", dtype="float16", base=manifest.base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"schema_version": 99}, UnknownSchemaError, "schema_version=99"),
+        ({"tasks": "none"}, ManifestError, "tasks"),
+        ({"surprise": 1}, ManifestError, "surprise"),
+        ({"generation": 7}, ManifestError, "the file name says 1"),
+        ({"first_layer": 40}, ManifestError, "first_layer=40"),
+    ],
+)
+def test_a_bad_manifest_is_named_with_its_field(
+    published: Workshop, changes: dict[str, object], error: type[RepertoireError], message: str
+) -> None:
+    rewrite(published, **changes)
+    with pytest.raises(error, match=message):
+        published.repertoire.manifest()
+
+
+def test_a_task_whose_router_is_gone_is_quarantined_and_the_others_are_unharmed(three_tasks: Workshop) -> None:
+    manifest = three_tasks.repertoire.manifest()
+    blob_path(three_tasks, manifest.task("green").router.digest).unlink()
+    generation = open_generation(three_tasks.repertoire)
+    assert set(generation.mixtures) == {"red", "blue"}
+    assert generation.locator.tasks == ("red", "blue")
+    with pytest.raises(BlobMissingError):
+        generation.mixture("green")
+
+
+def test_names_never_leave_the_folder(published: Workshop) -> None:
+    manifest = published.repertoire.manifest()
+    entry = ExpertSet.model_construct(**{**dict(manifest.experts[0]), "digest": "../../etc/passwd"})
+    with pytest.raises(PathEscapeError, match="64 hexadecimal digits"):
+        published.repertoire.read_unit(entry, entry.units[0], manifest.base)
+
+
+def test_another_base_is_refused(published: Workshop, tiny_base: BaseModel) -> None:
+    manifest = published.repertoire.manifest()
+    check_base(manifest, tiny_base.info)
+    other = manifest.model_copy(update={"base": manifest.base.model_copy(update={"digest": "f" * 64})})
+    with pytest.raises(BaseMismatchError, match="digest is"):
+        check_base(other, tiny_base.info)
+
+
+def test_an_empty_folder_is_no_repertoire_and_a_broken_head_is_reported(tmp_path: Path, published: Workshop) -> None:
+    with pytest.raises(NotARepertoireError, match="no HEAD"):
+        Repertoire(tmp_path).manifest()
+    with pytest.raises(NotARepertoireError, match="generation 9"):
+        published.repertoire.manifest(9)
+    (published.repertoire.root / "HEAD").write_text("../1\n")
+    with pytest.raises(ManifestError, match="expected a generation number"):
+        published.repertoire.head()
+
+
+def test_the_second_of_two_writers_gets_a_mismatch_and_changes_nothing(published: Workshop) -> None:
+    manifest = published.repertoire.manifest()
+    with pytest.raises(GenerationMismatchError, match="generation 1 was made on None, current is 1"):
+        published.repertoire.publish(manifest, published.blobs, expected=None)
+    assert published.repertoire.manifest() == manifest
+
+
+def test_a_manifest_without_its_blobs_cannot_be_published(workshop: Workshop, tmp_path: Path) -> None:
+    manifest = workshop.publish("red", "aaaa")
+    with pytest.raises(BlobMissingError, match="neither on disk nor published"):
+        Repertoire(tmp_path / "elsewhere").publish(manifest, {}, expected=None)
+    assert Repertoire(tmp_path / "elsewhere").head() is None
+
+
+class DiesAt:
+    """Kills its own process at a step."""
+
+    def __init__(self, deadly: int) -> None:
+        self.left = deadly
+
+    def __call__(self, _step: str) -> None:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+
+
+def test_killed_at_any_step_of_a_publish_the_previous_generation_stays_and_the_next_publish_works(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    first = workshop.publish("red", "aaaa")
+    blobs = dict(workshop.blobs)
+    second = workshop.publish("green", "1234")
+    new = {digest: workshop.blobs[digest] for digest in workshop.blobs.keys() - blobs.keys()}
+    num_steps = 3 * (len(new) + 2)
+    for deadly in range(num_steps):
+        root = tmp_path / f"killed-{deadly}"
+        Repertoire(root).publish(first, blobs, expected=None)
+        if not (child := os.fork()):
+            Repertoire(root, on_step=DiesAt(deadly)).publish(second, new, expected=1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"step {deadly} was not reached"
+        survivor = Repertoire(root)
+        landed = survivor.head()
+        assert landed == (2 if deadly == num_steps - 1 else 1)
+        assert open_generation(survivor).faults == {}
+        if landed == 1:
+            survivor.publish(second, new, expected=1)
+        assert survivor.manifest() == second

@@ -1,0 +1,1 @@
+"""Makes experts, routers and locator entries; writes generations."""

@@ -1,0 +1,118 @@
+"""What a user may choose about training: one frozen value, checked when it is made.
+
+It does not know torch, models or data, so that the command line can show its defaults without loading any of them.
+Read first: every default is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from runtime.errors import InvalidInputError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+StoreDtype = Literal["float32", "bfloat16", "float16"]
+LocatorScore = Literal["raw", "z", "abs_z"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How one task is trained; all tasks of a repertoire may differ in everything but `first_layer`.
+
+    Args:
+        rank: R of every new expert.
+        alpha: the update is scaled by alpha / R.
+        top_k: experts per token and layer, K; fewer where fewer are visible.
+        first_layer: lowest layer with experts; None takes what the repertoire has, or a third of the depth for a new
+            one (ours; the layers below are base only, so all tasks share them and the locator reads there).
+        learning_rate: peak rate of the experts.
+        router_learning_rate: peak rate of the routers.
+        weight_decay: of AdamW.
+        epochs: passes over the examples.
+        max_steps: upper bound on optimiser steps; None leaves it to `epochs`.
+        batch_size: examples per step, B.
+        warmup_share: share of the steps in which the rate rises linearly; it falls as a cosine afterwards.
+        gradient_clip: bound on the norm of all gradients together.
+        balance_coefficient: lambda of the load-balancing loss.
+        max_tokens: longest prompt plus answer; a longer example is an error, never cut.
+        seed: of everything random; one seed on one machine gives one result.
+        dtype: of the frozen base in training; "auto" is bfloat16 where the hardware multiplies it fast.
+        store_dtype: of the experts on disk.
+        locator_steps: optimiser steps of a task's VAE, each over all of its training features.
+        locator_learning_rate: peak rate of the VAE.
+        locator_beta: weight of the KL term.
+        locator_held_out: share of the examples that calibrate the VAE and never train it.
+        locator_score: how a new repertoire compares tasks; see `runtime.model.locator.Locator`.
+
+    Raises:
+        InvalidInputError: a value is out of range; the message names field and value.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    top_k: int = 2
+    first_layer: int | None = None
+    learning_rate: float = 2e-3
+    router_learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    epochs: int = 4
+    max_steps: int | None = None
+    batch_size: int = 16
+    warmup_share: float = 0.1
+    gradient_clip: float = 1.0
+    balance_coefficient: float = 0.01
+    max_tokens: int = 512
+    seed: int = 0
+    dtype: Dtype = "auto"
+    store_dtype: StoreDtype = "bfloat16"
+    locator_steps: int = 400
+    locator_learning_rate: float = 3e-3
+    locator_beta: float = 0.01
+    locator_held_out: float = 0.2
+    locator_score: LocatorScore = "raw"
+
+    def __post_init__(self) -> None:
+        for field in ("rank", "top_k", "epochs", "batch_size", "max_tokens", "locator_steps"):
+            _check_whole(field, getattr(self, field), 1)
+        _check_whole("seed", self.seed, 0)
+        if self.first_layer is not None:
+            _check_whole("first_layer", self.first_layer, 0)
+        if self.max_steps is not None:
+            _check_whole("max_steps", self.max_steps, 1)
+        for field in ("alpha", "learning_rate", "router_learning_rate", "gradient_clip", "locator_learning_rate"):
+            _check_real(field, getattr(self, field), above_zero=True)
+        for field in ("weight_decay", "balance_coefficient", "locator_beta"):
+            _check_real(field, getattr(self, field), above_zero=False)
+        _check_share("warmup_share", self.warmup_share, zero=True)
+        _check_share("locator_held_out", self.locator_held_out, zero=False)
+        _check_choice("dtype", self.dtype, get_args(Dtype))
+        _check_choice("store_dtype", self.store_dtype, get_args(StoreDtype))
+        _check_choice("locator_score", self.locator_score, get_args(LocatorScore))
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps over `num_examples` examples: whole passes, the last batch of a pass may be small."""
+        steps = self.epochs * math.ceil(num_examples / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+def _check_whole(field: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidInputError(field, value, f"must be a whole number, {least} or more")
+
+
+def _check_real(field: str, value: object, *, above_zero: bool) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < 0 or (above_zero and value == 0):  # type: ignore[operator]
+        raise InvalidInputError(field, value, f"must be a finite number, {'above 0' if above_zero else '0 or more'}")
+
+
+def _check_share(field: str, value: object, *, zero: bool) -> None:
+    if not isinstance(value, int | float) or not (0 <= value < 1) or (value == 0 and not zero):
+        raise InvalidInputError(field, value, f"must be a share {'from' if zero else 'above'} 0 and below 1")
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidInputError(field, value, f"must be one of {', '.join(choices)}")

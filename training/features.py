@@ -1,0 +1,70 @@
+"""Features of prompts for the locator: the frozen base's residual stream where the first experts sit, pooled.
+
+It does not know tasks, densities or experts.
+Read first: the layers from `layer` on are never run, and a prompt's feature does not depend on the batch it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from runtime.model.attach import decoder_layers
+from runtime.model.base import BaseModel
+from runtime.model.locator import pool
+
+_BATCH_SIZE = 32
+
+
+class _Reached(Exception):  # noqa: N818 - it ends a forward pass, it reports nothing wrong
+    def __init__(self, residual: torch.Tensor) -> None:
+        super().__init__()
+        self.residual = residual
+
+
+def _stop(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    raise _Reached(inputs[0])
+
+
+@torch.no_grad()
+def features(
+    base: BaseModel, prompts: Sequence[Sequence[int]], layer: int, *, batch_size: int = _BATCH_SIZE
+) -> torch.Tensor:
+    """`pool` of the residual stream that enters `layer`, of every prompt.
+
+    Prompts of similar length run together, padded on the right, where causal attention never looks.
+
+    Args:
+        base: without a mixture below `layer`.
+        prompts: token ids of whole prompts as serving sends them, none empty.
+        layer: a decoder layer; 0 gives the mean of the token embeddings.
+        batch_size: prompts per forward pass.
+
+    Returns:
+        [B, D] float32 on the CPU, in the order of `prompts`.
+    """
+    pooled = torch.zeros(len(prompts), base.info.width)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        residual = _residual(base, [prompts[i] for i in chosen], layer)
+        for row, i in zip(residual, chosen, strict=True):
+            pooled[i] = pool(row[: len(prompts[i])]).cpu()
+    return pooled
+
+
+def _residual(base: BaseModel, prompts: Sequence[Sequence[int]], layer: int) -> torch.Tensor:
+    """The residual stream entering `layer`, [B, T, D]; meaningless at the padding."""
+    ids = torch.zeros(len(prompts), max(len(prompt) for prompt in prompts), dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        ids[i, : len(prompt)] = torch.tensor(prompt)
+    hook = decoder_layers(base.model)[layer].register_forward_pre_hook(_stop)
+    try:
+        base.model.model(input_ids=ids.to(base.model.device), use_cache=False)
+    except _Reached as reached:
+        return reached.residual
+    finally:
+        hook.remove()
+    raise AssertionError(f"layer {layer} was never reached")
