@@ -30,7 +30,7 @@ Progress = Callable[[str], None]
 
 
 def build_model(graph: str, tensors: Mapping[str, torch.Tensor], facts: Facts) -> onnx.ModelProto:
-    """Build and check a model.
+    """Build and check a model; equal arguments give equal bytes, whatever the order of `tensors`.
 
     Args:
         graph: `name (inputs) => (outputs) { nodes }` in ONNX's textual syntax.
@@ -40,7 +40,7 @@ def build_model(graph: str, tensors: Mapping[str, torch.Tensor], facts: Facts) -
     model = onnx.parser.parse_model(f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}]>\n{graph}')
     model.producer_name = "greenroom"
     model.graph.initializer.extend(
-        onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()
+        onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in sorted(tensors.items())
     )
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
     onnx.checker.check_model(model, full_check=True)

@@ -166,6 +166,7 @@ def _features(locator: Locator, size: int, generator: torch.Generator) -> torch.
     rows = torch.arange(size)
     noise = torch.randn(size, mean.shape[0], generator=generator)
     latent = torch.randn(len(locator.tasks), size, LATENT, generator=generator)
-    decoded = decode(locator.stacked, latent)[rows % len(locator.tasks), rows]  # [B, 256]
+    tasks = (rows - rows // 3) % len(locator.tasks)  # in turn over the rows that are not noise
+    decoded = decode(locator.stacked, latent)[tasks, rows]  # [B, 256]
     normalised = torch.where((rows % 3 == 2).unsqueeze(1), noise, decoded @ torch.linalg.pinv(projection))
     return mean + deviation * normalised

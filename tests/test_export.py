@@ -160,7 +160,7 @@ def test_real_prompts_are_located_by_the_exported_file(three_tasks: Workshop, pr
     done = export(three_tasks.repertoire, "onnx-locator")
     features = torch.stack([pool(three_tasks.residual(text)) for text in prototypes.values()])
     got = run(done.folder / "locator.onnx", features=features)
-    assert [done.manifest.files[0].facts["tasks"][index] for index in got["task"]] == list(prototypes)  # type: ignore[index,call-overload]
+    assert [done.manifest.files[0].facts["tasks"][index] for index in got["task"]] == list(prototypes)
 
 
 # ---- onnx-router
@@ -358,6 +358,14 @@ def test_a_file_carries_its_facts_in_its_own_metadata(three_tasks: Workshop) -> 
     for file in done.manifest.files:
         metadata = open_session(done.folder / file.name).get_modelmeta().custom_metadata_map
         assert {key: json.loads(value) for key, value in metadata.items()} == file.facts
+
+
+def test_the_order_in_which_constants_come_does_not_change_a_file(generation: Generation, tmp_path: Path) -> None:
+    (first,) = write_locator(generation, tmp_path, quiet)
+    turned = generation.locator
+    turned.frame = dict(reversed(turned.frame.items()))
+    (second,) = write_locator(generation, tmp_path, quiet)
+    assert second.sha256 == first.sha256
 
 
 def times(done: Exported) -> dict[str, int]:

@@ -1,0 +1,164 @@
+"""The scheduler on random schedules with two finite resources: every request ends, and waits its turn only so long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from runtime.engine.request import Request
+from runtime.engine.scheduler import Scheduler
+from runtime.engine.sequence import Phase, Sequence
+
+TOKENIZER = Tokenizer(models.BPE())
+MAX_PASSES = 3
+STEP_TOKENS = 16
+
+
+@dataclass
+class Need:
+    """What a sequence asks for: KV units, expert units, prompt tokens, tokens to generate."""
+
+    kv: int
+    experts: int
+    prompt: int
+    output: int
+
+
+class Held:
+    """Stands in for a reservation."""
+
+
+class World:
+    """Grants KV and experts from two pools and plays the engine's part around the scheduler."""
+
+    def __init__(self, needs: list[Need], *, kv: int, experts: int) -> None:
+        self.kv, self.experts = kv, experts
+        self.scheduler = Scheduler(
+            acquire_slot=self.acquire, stage=self.stage, max_step_tokens=STEP_TOKENS, max_passes=MAX_PASSES
+        )
+        self.needs: dict[Sequence, Need] = {}
+        self.admitted: list[Sequence] = []
+        for i, need in enumerate(needs):
+            sequence = Sequence(
+                Request(request_id=str(i), text="x"),
+                [0] * need.prompt,
+                max_tokens=need.output,
+                sink=lambda _event: None,
+                tokenizer=TOKENIZER,
+            )
+            sequence.on_end = self.give_back
+            self.needs[sequence] = need
+            self.scheduler.add(sequence)
+
+    def acquire(self, sequence: Sequence) -> bool:
+        need = self.needs[sequence]
+        if need.kv > self.kv:
+            return False
+        self.kv -= need.kv
+        sequence.start(len(self.admitted))
+        self.admitted.append(sequence)
+        return True
+
+    def stage(self, sequence: Sequence) -> bool:
+        need = self.needs[sequence]
+        if need.experts > self.experts:
+            return False
+        self.experts -= need.experts
+        sequence.reservation = Held()  # type: ignore[assignment]
+        sequence.phase = Phase.MIXING
+        return True
+
+    def give_back(self, sequence: Sequence) -> None:
+        need = self.needs[sequence]
+        self.kv += need.kv if sequence.slot is not None else 0
+        self.experts += need.experts if sequence.reservation is not None else 0
+
+    def step(self) -> int:
+        """Run one step as the engine would; returns the tokens that it computed."""
+        step = self.scheduler.schedule()
+        for sequence, length in step.mixing:
+            sequence.mixed_done += length
+            if sequence.mixed_done == len(sequence.prompt):
+                sequence.phase = Phase.DECODING
+        for sequence, length in step.base:
+            sequence.base_done += length
+            if sequence.base_done == len(sequence.prompt):
+                sequence.phase = Phase.STAGING
+        for sequence in step.decode:
+            sequence.output.append(0)
+            if len(sequence.output) == sequence.max_tokens:
+                self.end(sequence)
+        self.scheduler.sweep()
+        return len(step.decode) + sum(length for _, length in (*step.mixing, *step.base))
+
+    def end(self, sequence: Sequence) -> None:
+        sequence.reservation, held = None, sequence.reservation
+        sequence.on_end = lambda _sequence: None
+        self.kv += self.needs[sequence].kv
+        self.experts += self.needs[sequence].experts if held else 0
+        sequence.finish("length")
+
+
+needs = st.builds(
+    Need,
+    kv=st.integers(1, 10),
+    experts=st.integers(0, 10),
+    prompt=st.integers(1, 40),
+    output=st.integers(1, 5),
+)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.lists(needs, min_size=1, max_size=12), st.integers(10, 20), st.integers(10, 20))
+def test_every_request_ends_and_no_budget_is_exceeded(wanted: list[Need], kv: int, experts: int) -> None:
+    world = World(wanted, kv=kv, experts=experts)
+    bound = 10 + sum(need.prompt * 2 + need.output + 3 for need in wanted)
+    for _ in range(bound):
+        if not list(world.scheduler.all()):
+            break
+        world.step()
+        assert world.kv >= 0
+        assert world.experts >= 0
+    assert not list(world.scheduler.all()), "some request never ended"
+    assert (world.kv, world.experts) == (kv, experts), "something was not given back"
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(needs, min_size=1, max_size=12))
+def test_a_step_computes_no_more_tokens_than_it_may(wanted: list[Need]) -> None:
+    world = World(wanted, kv=100, experts=100)
+    for _ in range(500):
+        decoding = sum(sequence.phase is Phase.DECODING for sequence in world.scheduler.running)
+        assert world.step() <= max(STEP_TOKENS, decoding + 1)
+
+
+def test_a_large_request_is_passed_by_small_ones_only_so_often() -> None:
+    # The first holds 5 of 10 units for long; the second needs 10; later ones need 1 and come and go.
+    world = World(
+        [Need(5, 0, 1, 40), Need(10, 0, 1, 1), *(Need(1, 0, 1, 1) for _ in range(20))],
+        kv=10,
+        experts=0,
+    )
+    for _ in range(200):
+        world.step()
+    order = [int(sequence.request.request_id) for sequence in world.admitted]
+    assert order.index(1) <= 1 + MAX_PASSES + 4, "passed by more than the bound and those admitted in the same round"
+    assert order.index(1) > 1, "smaller requests did pass while it could not run"
+
+
+@pytest.mark.parametrize("phase", [Phase.WAITING, Phase.BASE, Phase.STAGING])
+def test_a_request_that_ends_early_is_forgotten_and_the_others_go_on(phase: Phase) -> None:
+    world = World([Need(10, 5, 30, 2), Need(10, 5, 3, 2)], kv=10, experts=10)
+    first, second = world.needs
+    while first.phase is not phase:
+        world.step()
+    first.finish("length")
+    for _ in range(30):
+        world.step()
+        world.scheduler.sweep()
+    assert second.phase is Phase.ENDED
+    assert world.kv == 10
