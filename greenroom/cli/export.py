@@ -16,7 +16,7 @@ from rich.table import Table
 
 def export(
     targets: Annotated[
-        list[str] | None, typer.Argument(metavar="[TARGET]...", help="onnx-locator, onnx-router; default: all.")
+        list[str] | None, typer.Argument(metavar="TARGET", help="onnx-locator, onnx-router; default: all.")
     ] = None,
     *,
     repertoire: Annotated[Path, typer.Option(help="Folder of the repertoire.")],
