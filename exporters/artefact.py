@@ -11,11 +11,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from exporters.manifest import FILE_NAME, ExportManifest, parse_export_manifest
+from exporters.manifest import FILE_NAME, Check, ExportManifest, Facts, FileEntry, parse_export_manifest
 from runtime.errors import ManifestError
 
 
@@ -23,6 +23,13 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_file(path: Path, *, facts: Facts | None = None, checks: Iterable[Check] = ()) -> FileEntry:
+    """The manifest's entry of a file that is no graph."""
+    return FileEntry(
+        name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), facts=facts or {}, checks=tuple(checks)
+    )
 
 
 def read_artefact(folder: Path) -> ExportManifest | None:
@@ -53,8 +60,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            for path in (*partial.rglob("*"), partial):
+            for path in partial.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # some libraries write files for their owner alone
                 _sync(path)
+            _sync(partial)
             if folder.exists():
                 folder.replace(replaced)  # a folder that is not empty cannot be renamed over
             partial.replace(folder)

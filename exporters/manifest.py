@@ -49,28 +49,29 @@ class Check(_Record):
 
 
 class FileEntry(_Record):
-    """One file of the artefact."""
+    """One file of the artefact; only a graph has an opset, inputs and outputs."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     bytes: Annotated[int, Field(ge=1)]
     sha256: Digest
-    opset: Annotated[int, Field(ge=1)]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    facts: Facts
-    checks: tuple[Check, ...]
+    opset: Annotated[int, Field(ge=1)] | None = None
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    facts: Facts = {}
+    checks: tuple[Check, ...] = ()
 
 
 class ExportManifest(_Record):
     """Everything of one exported artefact.
 
-    `source_sha256` is that of the generation's manifest as published; `versions` are those of the libraries that wrote
-    and checked it.
+    `source_sha256` is that of the generation's manifest as published; `options` are what was chosen beside the target;
+    `versions` are those of the libraries that wrote and checked it.
     """
 
     schema_version: Literal[1]
     target: str
     generation: Annotated[int, Field(ge=1)]
+    options: Facts = {}
     source_sha256: Digest
     base_digest: Digest
     versions: dict[str, str]

@@ -20,7 +20,7 @@ import onnx.parser
 import torch
 
 from exporters.artefact import sha256_of
-from exporters.manifest import Facts, FileEntry, TensorSpec
+from exporters.manifest import Check, Facts, FileEntry, TensorSpec
 from exporters.verify import Case, verify
 
 OPSET = 18
@@ -29,15 +29,19 @@ IR_VERSION = 8
 Progress = Callable[[str], None]
 
 
-def build_model(graph: str, tensors: Mapping[str, torch.Tensor], facts: Facts) -> onnx.ModelProto:
+def build_model(
+    graph: str, tensors: Mapping[str, torch.Tensor], facts: Facts, *, domains: Iterable[str] = ()
+) -> onnx.ModelProto:
     """Build and check a model; equal arguments give equal bytes, whatever the order of `tensors`.
 
     Args:
         graph: `name (inputs) => (outputs) { nodes }` in ONNX's textual syntax.
         tensors: its constants by name.
         facts: go into the model's metadata, each value as JSON.
+        domains: of operations that are not ONNX's own; in version 1.
     """
-    model = onnx.parser.parse_model(f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}]>\n{graph}')
+    imports = ", ".join([f'"" : {OPSET}', *(f'"{domain}" : 1' for domain in domains)])
+    model = onnx.parser.parse_model(f"<ir_version: {IR_VERSION}, opset_import: [{imports}]>\n{graph}")
     model.producer_name = "greenroom"
     model.graph.initializer.extend(
         onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in sorted(tensors.items())
@@ -58,7 +62,11 @@ def write_verified(
     on_progress(f"{path.name}: writing")
     path.write_bytes(model.SerializeToString(deterministic=True))
     on_progress(f"{path.name}: verifying in onnxruntime")
-    checks = verify(path, cases)
+    return describe_graph(path, model, facts, verify(path, cases))
+
+
+def describe_graph(path: Path, model: onnx.ModelProto, facts: Facts, checks: tuple[Check, ...]) -> FileEntry:
+    """The manifest's entry of a graph."""
     return FileEntry(
         name=path.name,
         bytes=path.stat().st_size,

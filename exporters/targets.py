@@ -8,6 +8,7 @@ already, undamaged and of the same generation, does nothing.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,17 +20,74 @@ import onnxruntime
 import torch
 
 from exporters.artefact import read_artefact, replaced_folder
+from exporters.gguf_lora import write_gguf
 from exporters.manifest import FILE_NAME, SCHEMA_VERSION, ExportManifest, FileEntry
+from exporters.merged import write_merged
+from exporters.onnx_experts import write_experts
+from exporters.onnx_features import write_features
 from exporters.onnx_graph import Progress
 from exporters.onnx_locator import write_locator
+from exporters.onnx_model import write_model
 from exporters.onnx_router import write_routers
-from runtime.errors import InvalidInputError
-from runtime.model.generation import Generation, open_generation
+from exporters.options import NO_OPTIONS, Options, Source
+from runtime.errors import InvalidInputError, UnsupportedDeviceError
+from runtime.model.generation import open_generation
 from runtime.model.repertoire import Repertoire
 
-Writer = Callable[[Generation, Path, Progress], tuple[FileEntry, ...]]
+Writer = Callable[[Source, Path, Progress], tuple[FileEntry, ...]]
 
-TARGETS: Mapping[str, Writer] = MappingProxyType({"onnx-locator": write_locator, "onnx-router": write_routers})
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of artefact.
+
+    Args:
+        write: writes and verifies the files in a folder that nobody sees yet.
+        required: names of the `Options` that it cannot do without.
+        optional: those that it takes besides.
+    """
+
+    write: Writer
+    required: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+
+
+_MIXTURE = frozenset({"task", "weights"})
+
+
+def _write_adapter(source: Source, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
+    """Target `peft`, imported when it is wanted: that takes seconds."""
+    from exporters.peft_adapter import write_adapter
+
+    return write_adapter(source, folder, on_progress)
+
+
+def _write_kernels(source: Source, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
+    """Target `triton`, imported when it is wanted: the package exists for Linux on x86-64 alone."""
+    if importlib.util.find_spec("triton") is None:
+        raise UnsupportedDeviceError("target triton needs the package triton, which exists for Linux on x86-64")
+    from exporters.triton_artefact import write_kernels
+
+    return write_kernels(source, folder, on_progress)
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "onnx-locator": Target(lambda source, folder, progress: write_locator(source.generation, folder, progress)),
+        "onnx-router": Target(lambda source, folder, progress: write_routers(source.generation, folder, progress)),
+        "onnx-experts": Target(write_experts),
+        "onnx-features": Target(write_features, frozenset({"base"}), frozenset({"prompts"})),
+        "onnx-model": Target(write_model, frozenset({"base"}), frozenset({"precision"})),
+        "peft": Target(_write_adapter, frozenset({"base"}), _MIXTURE),
+        "merged": Target(write_merged, frozenset({"base"}), _MIXTURE),
+        "gguf-lora": Target(write_gguf, optional=_MIXTURE),
+        "triton": Target(_write_kernels, optional=frozenset({"arch", "dtype"})),
+    }
+)
+"""By name."""
+
+SIMPLE_TARGETS = tuple(name for name, target in TARGETS.items() if not target.required | target.optional)
+"""Those without options: what is exported where nobody names a target."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +122,7 @@ def export(
     target: str,
     *,
     generation: int | None = None,
+    options: Options = NO_OPTIONS,
     on_progress: Progress = lambda _text: None,
 ) -> Exported:
     """Export one target of a generation, the current one by default.
@@ -72,20 +131,29 @@ def export(
         repertoire: where to read and write.
         target: a key of `TARGETS`.
         generation: its number.
+        options: what the target needs or takes besides.
         on_progress: called with what is being done, for people.
 
     Raises:
-        InvalidInputError: unknown target, or nothing to export.
+        InvalidInputError: unknown target, an option is missing, wrong or not of this target, or nothing to export.
+        UnknownTaskError: no such task.
+        BaseMismatchError: the generation was made for another base.
         RepertoireError: the generation, or one of its tasks, cannot be read; a part of the tasks is never exported.
         ExportMismatchError: a file does not compute what torch computes; nothing was put in place.
     """
     check_target(target)
+    chosen = TARGETS[target]
+    options.check(target, required=chosen.required, optional=chosen.optional)
     start = time.monotonic()
     source = repertoire.manifest(generation)
     source_sha256 = hashlib.sha256(source.to_json()).hexdigest()
-    folder = repertoire.export_folder(source.generation, target)
-    present = read_artefact(folder)
-    if present is not None and (present.target, present.source_sha256) == (target, source_sha256):
+    folder = repertoire.export_folder(source.generation, options.folder_name(target))
+    present, facts = read_artefact(folder), options.facts()
+    if present is not None and (present.target, present.source_sha256, present.options) == (
+        target,
+        source_sha256,
+        facts,
+    ):
         return Exported(folder, present, was_there=True, seconds=time.monotonic() - start)
     on_progress(f"opening generation {source.generation}")
     opened = open_generation(repertoire, source.generation)
@@ -96,6 +164,7 @@ def export(
             schema_version=SCHEMA_VERSION,
             target=target,
             generation=source.generation,
+            options=facts,
             source_sha256=source_sha256,
             base_digest=source.base.digest,
             versions={
@@ -103,7 +172,7 @@ def export(
                 "onnxruntime": onnxruntime.__version__,
                 "torch": torch.__version__,
             },
-            files=TARGETS[target](opened, partial, on_progress),
+            files=chosen.write(Source(repertoire=repertoire, generation=opened, options=options), partial, on_progress),
         )
         (partial / FILE_NAME).write_bytes(manifest.to_json())
     return Exported(folder, manifest, was_there=False, seconds=time.monotonic() - start)

@@ -34,11 +34,13 @@ class Wanted:
         value: [B, ...].
         scale: size of the terms that were added up to `value`, broadcastable to it; default: `|value|`.
         settled: [B] bool, rows that are to be compared; default: all.
+        tolerance: largest error in units of `max(1, scale)`; integers must be equal whatever it is.
     """
 
     value: torch.Tensor
     scale: torch.Tensor | None = None
     settled: torch.Tensor | None = None
+    tolerance: float = TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,54 @@ class Case:
 
 
 @dataclass
-class _Tally:
-    tolerance: float
+class Tally:
+    """The comparisons of one output so far."""
+
+    output: str
+    tolerance: float = 0.0
     sizes: set[int] = field(default_factory=set)
     rows: int = 0
     compared: int = 0
     max_error: float = 0.0
+
+    def compare(self, where: str, got: np.ndarray, wanted: Wanted, size: int) -> None:
+        """Compare one value of `size` rows.
+
+        Raises:
+            ExportMismatchError: another dtype or shape, or a difference above the tolerance; `where` names the value.
+        """
+        value = wanted.value.numpy()
+        if got.dtype != value.dtype or got.shape != value.shape:
+            raise ExportMismatchError(f"{where} is {got.dtype} {got.shape}, torch has {value.dtype} {value.shape}")
+        exact = not np.issubdtype(value.dtype, np.floating)
+        self.tolerance = 0.0 if exact else max(self.tolerance, wanted.tolerance)
+        settled = np.ones(size, dtype=bool) if wanted.settled is None else wanted.settled.numpy()
+        if size == SIZES[-1] and not settled.any():
+            raise ExportMismatchError(
+                f"{where}: no row could be compared with torch, all lie on the border of a decision"
+            )
+        self.sizes.add(size)
+        self.rows += size
+        self.compared += int(settled.sum())
+        scale = np.abs(value) if wanted.scale is None else wanted.scale.numpy()
+        error = np.abs(got - value) / (1 if exact else np.maximum(scale, 1))
+        worst = float(error[settled].max(initial=0.0))
+        self.max_error = max(self.max_error, worst)
+        if not worst <= self.tolerance:  # true for NaN as well
+            raise ExportMismatchError(
+                f"{where} differs from torch on {size} rows: largest error {worst:.3g}, tolerance {self.tolerance:.3g}"
+            )
+
+    def check(self) -> Check:
+        """What the manifest says of it."""
+        return Check(
+            output=self.output,
+            sizes=tuple(sorted(self.sizes)),
+            rows=self.rows,
+            rows_compared=self.compared,
+            max_error=self.max_error,
+            tolerance=self.tolerance,
+        )
 
 
 def open_session(path: Path) -> Any:  # noqa: ANN401 - onnxruntime is not typed
@@ -90,7 +134,7 @@ def verify(path: Path, cases: Iterable[Case]) -> tuple[Check, ...]:
     """
     session = open_session(path)
     names = [output.name for output in session.get_outputs()]
-    tallies: dict[str, _Tally] = {}
+    tallies: dict[str, Tally] = {}
     for case in cases:
         try:
             values = session.run(None, {name: tensor.numpy() for name, tensor in case.inputs.items()})
@@ -99,40 +143,6 @@ def verify(path: Path, cases: Iterable[Case]) -> tuple[Check, ...]:
         if set(names) != set(case.outputs):
             raise ExportMismatchError(f"{path.name}: outputs are {names}, torch has {list(case.outputs)}")
         for name, got in zip(names, values, strict=True):
-            _compare(f"{path.name}: output {name}", got, case, name, tallies)
-    return tuple(_check(name, tallies[name]) for name in names)
-
-
-def _compare(where: str, got: np.ndarray, case: Case, name: str, tallies: dict[str, _Tally]) -> None:
-    wanted = case.outputs[name]
-    value = wanted.value.numpy()
-    if got.dtype != value.dtype or got.shape != value.shape:
-        raise ExportMismatchError(f"{where} is {got.dtype} {got.shape}, torch has {value.dtype} {value.shape}")
-    exact = not np.issubdtype(value.dtype, np.floating)
-    tally = tallies.setdefault(name, _Tally(tolerance=0.0 if exact else TOLERANCE))
-    settled = np.ones(case.size, dtype=bool) if wanted.settled is None else wanted.settled.numpy()
-    if case.size == SIZES[-1] and not settled.any():
-        raise ExportMismatchError(f"{where}: no row could be compared with torch, all lie on the border of a decision")
-    tally.sizes.add(case.size)
-    tally.rows += case.size
-    tally.compared += int(settled.sum())
-    scale = np.abs(value) if wanted.scale is None else wanted.scale.numpy()
-    error = np.abs(got - value) / (1 if exact else np.maximum(scale, 1))
-    worst = float(error[settled].max(initial=0.0))
-    tally.max_error = max(tally.max_error, worst)
-    if not worst <= tally.tolerance:  # true for NaN as well
-        raise ExportMismatchError(
-            f"{where} differs from torch on {case.size} rows: "
-            f"largest error {worst:.3g}, tolerance {tally.tolerance:.3g}"
-        )
-
-
-def _check(name: str, tally: _Tally) -> Check:
-    return Check(
-        output=name,
-        sizes=tuple(sorted(tally.sizes)),
-        rows=tally.rows,
-        rows_compared=tally.compared,
-        max_error=tally.max_error,
-        tolerance=tally.tolerance,
-    )
+            tally = tallies.setdefault(name, Tally(name))
+            tally.compare(f"{path.name}: output {name}", got, case.outputs[name], case.size)
+    return tuple(tallies[name].check() for name in names)

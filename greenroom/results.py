@@ -131,6 +131,8 @@ class MemoryStatistics:
     failures: int
     bytes_read: int
     load_s: float
+    prefetch_useful_bytes: int
+    prefetch_wasted_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,7 @@ class EngineStatistics:
     steps: int
     tokens: int
     kv_bytes_reserved: int
+    stall_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,6 +177,8 @@ def description(message: pb.DescribeResponse) -> results.Description:
             failures=memory.failures,
             bytes_read=memory.bytes_read,
             load_s=memory.load_seconds,
+            prefetch_useful_bytes=memory.prefetch_useful_bytes,
+            prefetch_wasted_bytes=memory.prefetch_wasted_bytes,
         ),
         engine=results.EngineStatistics(
             running=engine.running,
@@ -184,6 +186,7 @@ def description(message: pb.DescribeResponse) -> results.Description:
             steps=engine.steps,
             tokens=engine.tokens,
             kv_bytes_reserved=engine.kv_bytes_reserved,
+            stall_s=engine.stall_seconds,
         ),
     )
 

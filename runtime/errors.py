@@ -18,6 +18,7 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |  |- TensorMismatchError         a tensor is missing, unexpected, or of another shape or dtype
     |  |- NonFiniteError              a weight is NaN or infinite
     |  |- BaseMismatchError           made for another base model
+    |  |- SignatureError              a manifest is not signed as the reader demands
     |  `- PathEscapeError             a name that would leave the repertoire's folder
     |- GenerationMismatchError        somebody else published first
     |- ExhaustedError
@@ -27,6 +28,7 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |- DeadlineError
     |- CancelledError
     |- DataError                      a training or batch row we cannot use
+    |- UnsupportedDeviceError         this machine's GPU, driver or libraries cannot do what is asked
     `- ExportMismatchError            an exported artefact does not compute what torch computes
 """
 
@@ -139,6 +141,12 @@ class BaseMismatchError(RepertoireError):
     reason = "BASE_MISMATCH"
 
 
+class SignatureError(RepertoireError):
+    """A manifest is not signed, or not by a key that is trusted, or its signature is wrong."""
+
+    reason = "SIGNATURE_INVALID"
+
+
 class PathEscapeError(RepertoireError):
     """A name that would leave the repertoire's folder."""
 
@@ -202,6 +210,12 @@ class DataError(GreenroomError):
         super().__init__(f"{source}:{line}: {problem}" if line else f"{source}: {problem}")
         self.line = line
         self.problem = problem
+
+
+class UnsupportedDeviceError(GreenroomError):
+    """This machine's GPU, driver or libraries cannot do what is asked; the message names what is missing."""
+
+    reason = "UNSUPPORTED_DEVICE"
 
 
 class ExportMismatchError(GreenroomError):

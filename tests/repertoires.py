@@ -7,6 +7,8 @@ Read first: a task's density is a point, the feature of its prototype prompt; pr
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,7 @@ class Workshop:
     base: BaseModel
     repertoire: Repertoire
     blobs: dict[str, bytes] = field(default_factory=dict)
+    first_layer: int = FIRST_LAYER
 
     def _blob(self, tensors: dict[str, torch.Tensor]) -> str:
         data = save(tensors)
@@ -41,21 +44,30 @@ class Workshop:
         self.blobs[digest] = data
         return digest
 
-    def residual(self, text: str) -> torch.Tensor:
-        """[T, D]: the residual stream of a prompt where the first expert layer reads it."""
+    def residual(self, text: str, layer: int | None = None) -> torch.Tensor:
+        """[T, D]: what enters a layer for a prompt, by default the first layer with experts."""
         ids = default_template(self.base).encode(self.base.tokenizer, text)
         with torch.no_grad():
             output = self.base.model(torch.tensor([ids]), output_hidden_states=True)
-        return output.hidden_states[FIRST_LAYER][0]
+        return output.hidden_states[self.first_layer if layer is None else layer][0]
 
-    def publish(self, name: str, prototype: str, *, rank: int = 4, top_k: int = 2, threshold: float = 1e9) -> Manifest:
-        """Add a task with random experts in every layer from FIRST_LAYER on."""
+    def publish(
+        self,
+        name: str,
+        prototype: str,
+        *,
+        rank: int = 4,
+        top_k: int = 2,
+        threshold: float = 1e9,
+        layers: Sequence[int] | None = None,
+    ) -> Manifest:
+        """Add a task with random experts in `layers`, by default in every layer from `first_layer` on."""
         number = self.repertoire.head()
         previous = self.repertoire.manifest(number) if number else None
         ref = base_ref(self.base.info)
         generator = torch.Generator().manual_seed(len(self.blobs) + 1)
         experts: dict[int, Expert] = {}
-        for layer in range(FIRST_LAYER, ref.num_layers):
+        for layer in range(self.first_layer, ref.num_layers) if layers is None else layers:
             expert = fresh_expert(layer, rank=rank, alpha=2.0 * rank, base=ref, generator=generator)
             for update in expert.updates.values():
                 update.b.copy_(torch.randn(update.b.shape, generator=generator) * 0.1)
@@ -63,8 +75,11 @@ class Workshop:
         blob, entry = pack_expert_set(experts, task=name, dtype="float32", base=ref)
         self.blobs[entry.digest] = blob
         visible = (*(e.digest for e in previous.experts), entry.digest) if previous else (entry.digest,)
+        sets = (*(previous.experts if previous else ()), entry)
+        counts = Counter(unit.layer for expert_set in sets for unit in expert_set.units)
         router = {
-            router_tensor_name(layer): torch.randn(len(visible), ref.width, generator=generator) for layer in experts
+            router_tensor_name(layer): torch.randn(count, ref.width, generator=generator)
+            for layer, count in sorted(counts.items())
         }
         width = ref.width
         frame = {
@@ -74,23 +89,34 @@ class Workshop:
         }
         vae = {key: torch.zeros(shape) for key, shape in vae_shapes().items()}
         vae["output.bias"] = project(frame, pool(self.residual(prototype)).unsqueeze(0))[0]
+        arrival = {key: torch.zeros(shape) for key, shape in vae_shapes().items()}
+        arrival["output.bias"] = project(frame, pool(self.residual(prototype, 0)).unsqueeze(0))[0]
+        entries = [
+            LocatorEntry(digest=self._blob(tensors), mean=0.0, sd=1.0, threshold=threshold)
+            for tensors in (vae, arrival)
+        ]
         task = Task(
             name=name,
             experts=entry.digest,
             router=RouterRef(kind="top_k", digest=self._blob(router), top_k=min(top_k, len(visible)), visible=visible),
-            locator=LocatorEntry(digest=self._blob(vae), mean=0.0, sd=1.0, threshold=threshold),
+            locator=entries[0],
+            arrival=entries[1],
             trained_parameters=0,
         )
-        locator = LocatorRef(frame=self._blob(frame), feature="residual_mean", layer=FIRST_LAYER, score="raw")
+        locator, guess = (
+            LocatorRef(frame=self._blob(frame), feature="residual_mean", layer=layer, score="raw")
+            for layer in (self.first_layer, 0)
+        )
         manifest = Manifest(
             schema_version=1,
             generation=(number or 0) + 1,
             parent=number,
             base=ref,
             prompt_template=default_template(self.base).text,
-            first_layer=FIRST_LAYER,
+            first_layer=self.first_layer,
             locator=locator,
-            experts=(*(previous.experts if previous else ()), entry),
+            arrival=guess,
+            experts=sets,
             tasks=(*(previous.tasks if previous else ()), task),
         )
         self.repertoire.publish(manifest, self.blobs, expected=number)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from runtime.engine.engine import EngineStatistics
 from runtime.engine.request import (
     Event,
     ExpertUse,
@@ -24,8 +23,9 @@ from runtime.engine.request import (
     TokenDelta,
     Usage,
 )
+from runtime.engine.statistics import EngineStatistics
 from runtime.errors import CancelledError, DeadlineError, GreenroomError, InvalidInputError, UnavailableError
-from runtime.memory.memory import MemoryStatistics
+from runtime.memory.statistics import MemoryStatistics
 
 PATIENCE_S = 10.0
 DIGEST = "ab" * 32
@@ -41,6 +41,8 @@ MEMORY = MemoryStatistics(
     failures=9,
     bytes_read=10,
     load_s=11.5,
+    prefetch_useful_bytes=12,
+    prefetch_wasted_bytes=13,
 )
 
 
@@ -138,12 +140,14 @@ class ScriptedEngine:
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
             generation=3,
+            generations=(3,),
             tasks=("dates", "orders"),
             running=len(self._live),
             waiting=1,
             steps=2,
             tokens=3,
             kv_bytes_reserved=4,
+            stall_s=0.5,
             memory=MEMORY,
         )
 

@@ -71,6 +71,39 @@ def test_prompts_are_located_and_the_answer_says_where_the_experts_came_from(
     assert ask(engine, prototypes["blue"]).wait().located.experts[0].source == "host"
 
 
+def test_a_guess_on_arrival_starts_the_reads_and_counts_as_useful(
+    three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]
+) -> None:
+    engine = make_engine(three_tasks)
+    located = ask(engine, prototypes["blue"]).wait().located
+    assert {use.source for use in located.experts} == {"disk"}, "read for this request, if before it was located"
+    memory = engine.statistics().memory
+    assert memory.prefetch_useful_bytes == sum(use.bytes_read for use in located.experts)
+    assert memory.prefetch_wasted_bytes == 0
+    without = make_engine(three_tasks, prefetch=False)
+    ask(without, prototypes["blue"]).wait()
+    assert without.statistics().memory.prefetch_useful_bytes == 0
+
+
+def test_a_wrong_guess_changes_no_answer_and_is_given_up(workshop: Workshop, make_engine: MakeEngine) -> None:
+    workshop.publish("red", "aaaa bbbb cccc")
+    workshop.publish("green", "12 34 56 78 90")
+    manifest = workshop.repertoire.manifest()
+    red, green = manifest.tasks
+    swapped = (
+        red.model_copy(update={"arrival": green.arrival}),
+        green.model_copy(update={"arrival": red.arrival}),
+    )
+    wrong = manifest.model_copy(update={"generation": 3, "parent": 2, "tasks": swapped})
+    workshop.repertoire.publish(wrong, {}, expected=2)
+    engine = make_engine(workshop)
+    answer = ask(engine, "12 34 56 78 90")
+    torch.testing.assert_close(
+        logits(answer, workshop), workshop.reference("12 34 56 78 90", "green", 8), rtol=1e-4, atol=1e-4
+    )
+    assert answer.located.task == "green"
+
+
 def test_a_prompt_of_no_task_goes_to_the_plain_base_model(workshop: Workshop, make_engine: MakeEngine) -> None:
     workshop.publish("red", "aaaa bbbb cccc", threshold=1e-6)
     answer = ask(make_engine(workshop), "something else")

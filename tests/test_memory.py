@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from runtime.errors import BudgetError, DigestMismatchError, UnavailableError
+from runtime.memory.eviction import EvictionName
+from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
+from runtime.memory.reservation import Prefetch, Reservation
 from runtime.model.expert import Expert, LowRank
 from runtime.model.manifest import ExpertSet, Unit
 
@@ -32,10 +35,12 @@ class Disk:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.reading = threading.Event()
         self.reads: list[tuple[str, int]] = []
         self.bad: set[str] = set()
 
     def read(self, entry: ExpertSet, unit: Unit) -> Expert:
+        self.reading.set()
         assert self.gate.wait(10)
         self.reads.append((entry.task, unit.layer))
         if entry.task in self.bad:
@@ -180,19 +185,115 @@ def test_releasing_during_a_load_gives_the_bytes_back(disk: Disk, loaded: Signal
     memory.close()
 
 
+def test_a_right_guess_is_read_before_it_is_asked_for_and_counted_as_useful(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(disk, loaded, units=4)
+    memory.prefetch(make_set("a"))
+    loaded.wait_for(2)
+    assert memory.statistics().reserved_bytes == 0
+    reservation = memory.reserve(make_set("a"))
+    assert reservation is not None
+    assert reservation.ready
+    statistics = memory.statistics()
+    assert (statistics.prefetch_useful_bytes, statistics.prefetch_wasted_bytes) == (200, 0)
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_wrong_guess_is_withdrawn_unless_it_was_read_and_then_it_goes_first_and_counts_as_wasted(
+    disk: Disk, loaded: Signal
+) -> None:
+    memory = make_memory(disk, loaded, units=2)
+    disk.gate.clear()
+    guess = memory.prefetch(make_set("a"))
+    assert disk.reading.wait(10)
+    guess.cancel()
+    guess.cancel()
+    right = memory.reserve(make_set("b"))
+    assert right is not None
+    disk.gate.set()
+    loaded.wait_for(3)
+    assert right.ready
+    assert disk.reads == [("a", 0), ("b", 0), ("b", 1)], "the first read had begun; the second was withdrawn"
+    assert memory.statistics().prefetch_wasted_bytes == 100
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_demand_overtakes_guesses_and_a_guess_that_comes_true_is_not_read_twice(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(disk, loaded, units=8)
+    disk.gate.clear()
+    guess = memory.prefetch(make_set("a", 3))
+    assert disk.reading.wait(10)
+    memory.prefetch(make_set("b", 1))
+    wanted = memory.reserve(make_set("b", 1))
+    assert wanted is not None
+    confirmed = memory.reserve(make_set("a", 3), priority=Priority.CONFIRMED)
+    assert confirmed is not None
+    guess.cancel()
+    disk.gate.set()
+    loaded.wait_for(4)
+    assert disk.reads == [("a", 0), ("b", 0), ("a", 1), ("a", 2)]
+    assert confirmed.ready
+    assert memory.statistics().prefetch_useful_bytes == 400
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_guess_never_takes_the_room_of_what_is_reserved(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(disk, loaded, units=2)
+    held = memory.reserve(make_set("a"))
+    assert held is not None
+    loaded.wait_for(2)
+    memory.prefetch(make_set("b"))
+    memory.prefetch(make_set("c", 3))
+    held.release()
+    memory.prefetch(make_set("b"))
+    loaded.wait_for(4)
+    memory.prefetch(make_set("d"))
+    assert disk.reads == [("a", 0), ("a", 1), ("b", 0), ("b", 1)], "guesses wait for room, and never evict guesses"
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_reservation_says_from_which_layer_on_something_is_missing(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(disk, loaded, units=4)
+    disk.gate.clear()
+    reservation = memory.reserve(make_set("a"))
+    assert reservation is not None
+    assert reservation.next_missing_layer() == 0
+    disk.gate.set()
+    loaded.wait_for(2)
+    assert reservation.next_missing_layer() is None
+    memory.close()
+
+
+@pytest.mark.parametrize("eviction", ["lru", "gdsf"])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_reservations_keep_the_sums_and_the_budget(seed: int) -> None:
+def test_random_reservations_and_guesses_keep_the_sums_and_the_budget(seed: int, eviction: EvictionName) -> None:
     rng = random.Random(seed)
     disk, loaded = Disk(), Signal()
     disk.bad.add("e")
-    memory = make_memory(disk, loaded, units=6, clock=lambda: rng.random() * 20)
-    held = []
-    for _ in range(150):
-        if held and rng.random() < 0.5:
+    memory = ExpertMemory(
+        disk.read,
+        budget_bytes=6 * UNIT_BYTES,
+        eviction=eviction,
+        on_change=loaded,
+        num_loaders=2,
+        clock=lambda: rng.random() * 20,
+    )
+    held: list[Reservation] = []
+    guesses: list[Prefetch] = []
+    for _ in range(250):
+        action, units = rng.random(), make_set(rng.choice("abcde"), rng.choice([1, 2, 3]))
+        if held and action < 0.4:
             held.pop(rng.randrange(len(held))).release()
+        elif guesses and action < 0.5:
+            guesses.pop(rng.randrange(len(guesses))).cancel()
+        elif action < 0.65:
+            guesses.append(memory.prefetch(units))
         else:
             try:
-                reservation = memory.reserve(make_set(rng.choice("abcde"), rng.choice([1, 2, 3])))
+                reservation = memory.reserve(units, priority=rng.choice(list(Priority)))
             except DigestMismatchError:
                 reservation = None
             if reservation is not None:

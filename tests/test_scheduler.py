@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from runtime.engine.options import Policy
 from runtime.engine.request import Request
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Phase, Sequence
@@ -35,10 +37,15 @@ class Held:
 class World:
     """Grants KV and experts from two pools and plays the engine's part around the scheduler."""
 
-    def __init__(self, needs: list[Need], *, kv: int, experts: int) -> None:
+    def __init__(self, needs: list[Need], *, kv: int, experts: int, policy: Policy = "fcfs") -> None:
         self.kv, self.experts = kv, experts
         self.scheduler = Scheduler(
-            acquire_slot=self.acquire, stage=self.stage, max_step_tokens=STEP_TOKENS, max_passes=MAX_PASSES
+            acquire_slot=self.acquire,
+            stage=self.stage,
+            max_step_tokens=STEP_TOKENS,
+            max_passes=MAX_PASSES,
+            policy=policy,
+            missing_bytes=lambda sequence: -self.needs[sequence].experts,
         )
         self.needs: dict[Sequence, Need] = {}
         self.admitted: list[Sequence] = []
@@ -46,6 +53,7 @@ class World:
             sequence = Sequence(
                 Request(request_id=str(i), text="x"),
                 [0] * need.prompt,
+                generation=None,  # type: ignore[arg-type]
                 max_tokens=need.output,
                 sink=lambda _event: None,
                 tokenizer=TOKENIZER,
@@ -113,9 +121,16 @@ needs = st.builds(
 
 
 @settings(max_examples=2000, deadline=None)
-@given(st.lists(needs, min_size=1, max_size=12), st.integers(10, 20), st.integers(10, 20))
-def test_every_request_ends_and_no_budget_is_exceeded(wanted: list[Need], kv: int, experts: int) -> None:
-    world = World(wanted, kv=kv, experts=experts)
+@given(
+    st.lists(needs, min_size=1, max_size=12),
+    st.integers(10, 20),
+    st.integers(10, 20),
+    st.sampled_from(get_args(Policy)),
+)
+def test_every_request_ends_and_no_budget_is_exceeded(
+    wanted: list[Need], kv: int, experts: int, policy: Policy
+) -> None:
+    world = World(wanted, kv=kv, experts=experts, policy=policy)
     bound = 10 + sum(need.prompt * 2 + need.output + 3 for need in wanted)
     for _ in range(bound):
         if not list(world.scheduler.all()):
@@ -148,6 +163,21 @@ def test_a_large_request_is_passed_by_small_ones_only_so_often() -> None:
     order = [int(sequence.request.request_id) for sequence in world.admitted]
     assert order.index(1) <= 1 + MAX_PASSES + 4, "passed by more than the bound and those admitted in the same round"
     assert order.index(1) > 1, "smaller requests did pass while it could not run"
+
+
+@pytest.mark.parametrize(("policy", "first"), [("fcfs", 0), ("locality", 1)])
+def test_the_policy_says_who_is_tried_first_and_a_starved_one_comes_before_all(policy: Policy, first: int) -> None:
+    world = World([Need(1, 6, 1, 1), Need(1, 9, 1, 1)], kv=10, experts=10, policy=policy)
+    world.step()
+    starved, other = world.needs
+    world.scheduler.schedule()
+    assert [sequence.phase is Phase.MIXING for sequence in world.needs].index(True) == first
+    world = World([Need(1, 6, 1, 1), Need(1, 9, 1, 1)], kv=10, experts=10, policy=policy)
+    world.step()
+    starved, other = world.needs
+    starved.times_passed = MAX_PASSES
+    world.scheduler.schedule()
+    assert (starved.phase, other.phase) == (Phase.MIXING, Phase.STAGING)
 
 
 @pytest.mark.parametrize("phase", [Phase.WAITING, Phase.BASE, Phase.STAGING])

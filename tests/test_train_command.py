@@ -39,6 +39,7 @@ def test_the_command_trains_what_is_missing_and_skips_what_is_there(tiny_base_fo
     one = CliRunner().invoke(command(), [*start, *quick, "--task", "signs"])
     assert one.exit_code == 0, one.output
     assert "generation 1: signs added" in one.output
+    assert "signs: step 2 of 2, loss" in one.output
     rest = CliRunner().invoke(command(), [*start, *quick])
     assert rest.exit_code == 0, rest.output
     assert "signs: already in the repertoire, skipped" in rest.output

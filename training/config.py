@@ -54,10 +54,10 @@ class TrainingConfig:
     alpha: float = 16.0
     top_k: int = 2
     first_layer: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     router_learning_rate: float = 2e-3
     weight_decay: float = 0.0
-    epochs: int = 4
+    epochs: int = 3
     max_steps: int | None = None
     batch_size: int = 16
     warmup_share: float = 0.1
@@ -67,9 +67,9 @@ class TrainingConfig:
     seed: int = 0
     dtype: Dtype = "auto"
     store_dtype: StoreDtype = "bfloat16"
-    locator_steps: int = 400
+    locator_steps: int = 800
     locator_learning_rate: float = 3e-3
-    locator_beta: float = 0.01
+    locator_beta: float = 0.3
     locator_held_out: float = 0.2
     locator_score: LocatorScore = "raw"
 

@@ -8,7 +8,7 @@ becomes one with N + 1, or stays what it was.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from runtime.model.manifest import LocatorEntry, LocatorRef, Manifest, RouterRef
 from runtime.model.names import check_name
 from runtime.model.prompt import PromptTemplate, default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.signature import Signer
 from training.batches import encode_row
 from training.config import TrainingConfig
 from training.data import TaskData
@@ -35,14 +36,23 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class _Sight:
+    """One way to look at prompts: where the residual stream is read, the frame, and the reference prompts seen so."""
+
+    layer: int
+    frame: Tensors
+    reference: torch.Tensor  # [M, D]
+
+
+@dataclass(frozen=True)
 class _Ground:
     """What a new task stands on: the current generation, or what a new repertoire begins with."""
 
     current: Manifest | None
     template: PromptTemplate
     first_layer: int
-    reference: torch.Tensor  # [M, D]
-    frame: Tensors
+    locator: _Sight
+    arrival: _Sight
 
 
 def add_task(
@@ -51,6 +61,7 @@ def add_task(
     task: TaskData,
     config: TrainingConfig,
     *,
+    signer: Signer | None = None,
     on_progress: Progress = lambda _step, _num_steps, _loss: None,
 ) -> Manifest:
     """Train `task` on top of the current generation and publish the result as the next one.
@@ -63,6 +74,7 @@ def add_task(
         base: the frozen base; must be the one that the repertoire was made for.
         task: only its training rows are used.
         config: see `TrainingConfig`.
+        signer: signs the new generation; None leaves it unsigned.
         on_progress: called after every step of the experts' training.
 
     Returns:
@@ -85,13 +97,12 @@ def add_task(
     trained = train_task(
         base, rows, older, name=task.name, first_layer=ground.first_layer, config=config, on_progress=on_progress
     )
-    own = features(base, [row.prompt for row in rows], ground.first_layer)
-    vae, calibration = train_entry(
-        ground.frame, own, ground.reference, config, seed=seed_for(config.seed, task.name, "locator")
-    )
+    prompts = [row.prompt for row in rows]
+    densities = [_density(base, prompts, sight, config, task.name) for sight in (ground.locator, ground.arrival)]
     experts_blob, expert_set = pack_expert_set(trained.experts, task=task.name, dtype=config.store_dtype, base=ref)
     routers = {router_tensor_name(layer): weight.contiguous() for layer, weight in trained.routers.items()}
-    frame_blob, router_blob, vae_blob = save(ground.frame), save(routers), save(vae)
+    router_blob = save(routers)
+    frame_blobs = [save(sight.frame) for sight in (ground.locator, ground.arrival)]
     entry = Task(
         name=task.name,
         experts=expert_set.digest,
@@ -101,11 +112,14 @@ def add_task(
             top_k=trained.top_k,
             visible=(*(entry.digest for entry in older_sets), expert_set.digest),
         ),
-        locator=LocatorEntry(
-            digest=_sha256(vae_blob), mean=calibration.mean, sd=calibration.sd, threshold=calibration.threshold
-        ),
-        trained_parameters=_num_parameters(trained, vae),
+        locator=densities[0].entry,
+        arrival=densities[1].entry,
+        trained_parameters=_num_parameters(trained, *(density.vae for density in densities)),
     )
+    refs = [
+        LocatorRef(frame=_sha256(blob), feature="residual_mean", layer=sight.layer, score=config.locator_score)
+        for blob, sight in zip(frame_blobs, (ground.locator, ground.arrival), strict=True)
+    ]
     manifest = Manifest(
         schema_version=1,
         generation=ground.current.generation + 1 if ground.current else 1,
@@ -113,16 +127,14 @@ def add_task(
         base=ground.current.base if ground.current else ref,
         prompt_template=ground.template.text,
         first_layer=ground.first_layer,
-        locator=ground.current.locator
-        if ground.current
-        else LocatorRef(
-            frame=_sha256(frame_blob), feature="residual_mean", layer=ground.first_layer, score=config.locator_score
-        ),
+        locator=ground.current.locator if ground.current else refs[0],
+        arrival=ground.current.arrival if ground.current else refs[1],
         experts=(*older_sets, expert_set),
         tasks=(*(ground.current.tasks if ground.current else ()), entry),
     )
-    blobs = {_sha256(blob): blob for blob in (frame_blob, experts_blob, router_blob, vae_blob)}
-    repertoire.publish(manifest, blobs, expected=manifest.parent)
+    vae_blobs = [density.blob for density in densities]
+    blobs = {_sha256(blob): blob for blob in (*frame_blobs, experts_blob, router_blob, *vae_blobs)}
+    repertoire.publish(manifest, blobs, expected=manifest.parent, signer=signer)
     return manifest
 
 
@@ -133,9 +145,8 @@ def _stand_on(repertoire: Repertoire, base: BaseModel, name: str, config: Traini
         if first_layer >= base.info.num_layers:
             raise InvalidInputError("first_layer", first_layer, f"the base has {base.info.num_layers} layers")
         template = default_template(base)
-        reference = _reference_features(base, template, first_layer)
-        frame = make_frame(reference, seed=seed_for(config.seed, "frame"))
-        return _Ground(None, template, first_layer, reference, frame)
+        sights = [_new_sight(base, template, layer, config) for layer in (first_layer, 0)]
+        return _Ground(None, template, first_layer, *sights)
     current = repertoire.manifest()
     check_base(current, base.info)
     if name in current.task_names():
@@ -143,19 +154,51 @@ def _stand_on(repertoire: Repertoire, base: BaseModel, name: str, config: Traini
     if config.first_layer not in (None, current.first_layer):
         raise InvalidInputError("first_layer", config.first_layer, f"the repertoire has {current.first_layer}")
     template = PromptTemplate.parse(current.prompt_template)
-    reference = _reference_features(base, template, current.locator.layer)
-    frame = repertoire.read_tensors(current.locator.frame, frame_shapes(current.base.width))
-    return _Ground(current, template, current.first_layer, reference, frame)
+    sights = [_sight_of(repertoire, base, template, ref) for ref in (current.locator, current.arrival)]
+    return _Ground(current, template, current.first_layer, *sights)
+
+
+def _new_sight(base: BaseModel, template: PromptTemplate, layer: int, config: TrainingConfig) -> _Sight:
+    reference = _reference_features(base, template, layer)
+    return _Sight(layer, make_frame(reference, seed=seed_for(config.seed, "frame", str(layer))), reference)
+
+
+def _sight_of(repertoire: Repertoire, base: BaseModel, template: PromptTemplate, ref: LocatorRef) -> _Sight:
+    frame = repertoire.read_tensors(ref.frame, frame_shapes(base.info.width))
+    return _Sight(ref.layer, frame, _reference_features(base, template, ref.layer))
+
+
+@dataclass(frozen=True)
+class _Density:
+    """A trained VAE, its bytes, and its entry."""
+
+    vae: Tensors
+    blob: bytes
+    entry: LocatorEntry
+
+
+def _density(
+    base: BaseModel, prompts: Sequence[Sequence[int]], sight: _Sight, config: TrainingConfig, name: str
+) -> _Density:
+    own = features(base, prompts, sight.layer)
+    seed = seed_for(config.seed, name, "density", str(sight.layer))
+    vae, calibration = train_entry(sight.frame, own, sight.reference, config, seed=seed)
+    blob = save(vae)
+    entry = LocatorEntry(
+        digest=_sha256(blob), mean=calibration.mean, sd=calibration.sd, threshold=calibration.threshold
+    )
+    return _Density(vae, blob, entry)
 
 
 def _reference_features(base: BaseModel, template: PromptTemplate, layer: int) -> torch.Tensor:
     return features(base, [template.encode(base.tokenizer, text) for text in reference_prompts()], layer)
 
 
-def _num_parameters(trained: TrainedTask, vae: Mapping[str, torch.Tensor]) -> int:
-    """Parameters of experts, routers and VAE: all that was trained for the task."""
+def _num_parameters(trained: TrainedTask, *vaes: Mapping[str, torch.Tensor]) -> int:
+    """Parameters of experts, routers and VAEs: all that was trained for the task."""
     updates = [update for expert in trained.experts.values() for update in expert.updates.values()]
-    tensors = [*(u.a for u in updates), *(u.b for u in updates), *trained.routers.values(), *vae.values()]
+    tensors = [*(u.a for u in updates), *(u.b for u in updates), *trained.routers.values()]
+    tensors += [tensor for vae in vaes for tensor in vae.values()]
     return sum(tensor.numel() for tensor in tensors)
 
 

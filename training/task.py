@@ -28,6 +28,8 @@ from training.batches import Batch, Row, collate, shuffled_batches
 from training.config import TrainingConfig
 from training.mixture import attached
 
+_ROUTER_INIT = 0.02  # standard deviation: small enough that every expert begins with a like weight (ours)
+
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps in all, cross-entropy of this step in nats per token)."""
 
@@ -115,9 +117,6 @@ def _new_mixture(
             top_k=min(config.top_k, len(modules)),
         )
     return ffns
-
-
-_ROUTER_INIT = 0.02
 
 
 def _new_expert(ffn: MixtureFFN) -> ExpertModule:

@@ -25,6 +25,7 @@ def batch(
     target: Annotated[Path, typer.Argument(help="JSONL to write; it appears when the last row is done.")],
     *,
     repertoire: flags.RepertoireFlag,
+    trust: flags.TrustFlag = None,
     base: flags.BaseFlag = None,
     max_tokens: Annotated[
         int, typer.Option(help="New tokens at most, where a row does not say.")
@@ -34,6 +35,9 @@ def batch(
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     max_running: flags.MaxRunningFlag = flags.DEFAULT_MAX_RUNNING,
+    policy: flags.PolicyFlag = flags.DEFAULT_POLICY,
+    eviction: flags.EvictionFlag = flags.DEFAULT_EVICTION,
+    prefetch: flags.PrefetchFlag = flags.DEFAULT_PREFETCH,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
 ) -> None:
@@ -45,6 +49,7 @@ def batch(
         raise InvalidInputError("target", str(target), "its folder does not exist")
     chosen = EngineFlags(
         repertoire=repertoire,
+        trust=trust,
         base=base,
         dtype=dtype,
         threads=threads,
@@ -52,6 +57,9 @@ def batch(
             expert_budget_bytes=parse_size("expert_memory", expert_memory),
             kv_budget_bytes=parse_size("kv_memory", kv_memory),
             max_running=max_running,
+            policy=policy,
+            eviction=eviction,
+            prefetch=prefetch,
         ),
     )
     from greenroom.cli.build_engine import build_engine

@@ -9,12 +9,23 @@ import torch
 from greenroom.cli.engine_flags import EngineFlags
 from greenroom.cli.places import cache_folder
 from runtime.engine.engine import Engine
+from runtime.engine.follower import open_held
 from runtime.engine.llama import LlamaModel
 from runtime.model.base import load_base, resolve_base
-from runtime.model.generation import check_base, open_generation
+from runtime.model.generation import check_base
 from runtime.model.repertoire import Repertoire
+from runtime.model.signature import TrustPolicy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def open_repertoire(flags: EngineFlags) -> Repertoire:
+    """The repertoire, with the keys that are trusted.
+
+    Raises:
+        InvalidInputError: the keys cannot be read.
+    """
+    return Repertoire(flags.repertoire, trust=TrustPolicy.load(flags.trust) if flags.trust else None)
 
 
 def build_engine(flags: EngineFlags) -> Engine:
@@ -25,8 +36,8 @@ def build_engine(flags: EngineFlags) -> Engine:
     """
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    repertoire = Repertoire(flags.repertoire)
-    generation = open_generation(repertoire)
+    repertoire = open_repertoire(flags)
+    generation, let_go = open_held(repertoire)
     folder = resolve_base(flags.base or generation.manifest.base.name, cache=cache_folder())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(folder, dtype=_DTYPES[flags.dtype], device=device)
@@ -39,4 +50,5 @@ def build_engine(flags: EngineFlags) -> Engine:
         repertoire=repertoire,
         generation=generation,
         options=flags.limits,
+        retire=let_go,
     )

@@ -55,7 +55,7 @@ def demo(
     _title(console, "3 training: tasks arrive one after the other")
     train(repertoire=repertoire, data=str(data))
     _title(console, "4 export to ONNX, verified against torch")
-    export(repertoire=repertoire)
+    export(["onnx-locator", "onnx-router"], repertoire=repertoire)
     _title(console, "5 serving")
     with _server(console, folder, repertoire) as target:
         console.print(f"ready after {time.monotonic() - started:.0f} s")

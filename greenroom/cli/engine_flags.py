@@ -12,12 +12,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from runtime.engine.options import EngineOptions
+from runtime.engine.options import EngineOptions, Policy
 from runtime.errors import InvalidInputError
+from runtime.memory.eviction import EvictionName
 
 Dtype = Literal["float32", "bfloat16"]
 
 RepertoireFlag = Annotated[Path, typer.Option("--repertoire", help="Folder of the repertoire.")]
+TrustFlag = Annotated[
+    Path | None,
+    typer.Option("--trust", help="Public key in PEM, or folder of *.pem: serve only what one of them signed."),
+]
 BaseFlag = Annotated[
     str | None,
     typer.Option("--base", help="Known name or folder of the base model. By default: what the repertoire names."),
@@ -28,10 +33,23 @@ MaxRunningFlag = Annotated[int, typer.Option("--max-running", min=1, help="Seque
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="What the base model computes in.")]
 ThreadsFlag = Annotated[int, typer.Option("--threads", min=0, help="Threads to compute with; 0 lets torch choose.")]
 
+PolicyFlag = Annotated[
+    Policy, typer.Option("--policy", help="Who goes first: by arrival, with the most experts in memory, or by task.")
+]
+EvictionFlag = Annotated[
+    EvictionName, typer.Option("--eviction", help="What goes first: used longest ago, or of least use per byte.")
+]
+PrefetchFlag = Annotated[
+    bool, typer.Option("--prefetch/--no-prefetch", help="Guess a prompt's task on arrival and begin to read.")
+]
+
 _LIMITS = EngineOptions()
 DEFAULT_EXPERT_MEMORY = f"{_LIMITS.expert_budget_bytes >> 20}MiB"
 DEFAULT_KV_MEMORY = f"{_LIMITS.kv_budget_bytes >> 20}MiB"
 DEFAULT_MAX_RUNNING = _LIMITS.max_running
+DEFAULT_POLICY = _LIMITS.policy
+DEFAULT_EVICTION = _LIMITS.eviction
+DEFAULT_PREFETCH = _LIMITS.prefetch
 DEFAULT_DTYPE: Dtype = "float32"
 DEFAULT_THREADS = 0
 
@@ -45,6 +63,7 @@ class EngineFlags:
 
     Args:
         repertoire: folder.
+        trust: public key or folder of them; None serves unsigned generations too.
         base: known name or folder of the base model; None takes what the repertoire names.
         dtype: what the base model computes in.
         threads: to compute with; 0 lets torch choose.
@@ -52,6 +71,7 @@ class EngineFlags:
     """
 
     repertoire: Path
+    trust: Path | None
     base: str | None
     dtype: Dtype
     threads: int

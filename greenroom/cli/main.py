@@ -4,6 +4,7 @@ It knows nothing of what the subcommands do.
 Read first: modules of subcommands import torch only inside their functions, so that `greenroom --help` is instant.
 """
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,8 @@ from greenroom.cli.batch import batch
 from greenroom.cli.demo import demo
 from greenroom.cli.error_line import error_line, exit_code
 from greenroom.cli.export import export
+from greenroom.cli.locate import locate
+from greenroom.cli.repertoire import app as repertoire
 from greenroom.cli.serve import serve
 from greenroom.cli.train import train
 
@@ -52,12 +55,16 @@ def options(
 
 
 app.add_typer(base, name="base")
-for command in (train, export, serve, ask, batch, demo):
+app.add_typer(repertoire, name="repertoire")
+for command in (train, export, locate, serve, ask, batch, demo):
     app.command()(command)
 
 
 def run() -> None:
     """Entry point of the console script."""
+    # Threads that wait must not spin: on cores shared with anything else a step would take ten times as long. OpenMP
+    # reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="greenroom")
 
 

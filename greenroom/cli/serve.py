@@ -20,20 +20,28 @@ from runtime.engine.options import EngineOptions
 def serve(
     *,
     repertoire: flags.RepertoireFlag,
+    trust: flags.TrustFlag = None,
     base: flags.BaseFlag = None,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0 takes a free one.")] = 50051,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     max_running: flags.MaxRunningFlag = flags.DEFAULT_MAX_RUNNING,
+    policy: flags.PolicyFlag = flags.DEFAULT_POLICY,
+    eviction: flags.EvictionFlag = flags.DEFAULT_EVICTION,
+    prefetch: flags.PrefetchFlag = flags.DEFAULT_PREFETCH,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
     grace: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")] = 10.0,
+    follow: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between looks for a new generation; 0 never looks.")
+    ] = 2.0,
     ready_file: Annotated[Path | None, typer.Option(help="File to write the port to when ready.")] = None,
 ) -> None:
     """Serve a repertoire over gRPC until SIGTERM or SIGINT."""
     chosen = EngineFlags(
         repertoire=repertoire,
+        trust=trust,
         base=base,
         dtype=dtype,
         threads=threads,
@@ -41,11 +49,15 @@ def serve(
             expert_budget_bytes=parse_size("expert_memory", expert_memory),
             kv_budget_bytes=parse_size("kv_memory", kv_memory),
             max_running=max_running,
+            policy=policy,
+            eviction=eviction,
+            prefetch=prefetch,
         ),
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
-    from greenroom.cli.build_engine import build_engine
+    from greenroom.cli.build_engine import build_engine, open_repertoire
+    from runtime.engine.follower import HeadFollower
     from runtime.service.lifecycle import serve_until_signal
     from runtime.service.server import Server
 
@@ -55,9 +67,13 @@ def serve(
         typer.echo(f"serving on {host}:{bound_port}")
 
     engine = build_engine(chosen)
+    follower = HeadFollower(open_repertoire(chosen), engine, interval_s=follow)
+    if follow:
+        follower.start()
     try:
         asyncio.run(serve_until_signal(Server(engine, host=host, port=port, grace_s=grace), on_ready=on_ready))
     finally:
+        follower.close()
         engine.close()
 
 

@@ -47,6 +47,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak rate of the experts.")] = _DEFAULT.learning_rate,
     max_tokens: Annotated[int, typer.Option(help="Longest prompt plus answer.")] = _DEFAULT.max_tokens,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULT.seed,
+    key: Annotated[
+        Path | None, typer.Option(help="Private key (ed25519, PEM): sign the new generations with it.")
+    ] = None,
 ) -> None:
     """Train tasks one after the other; each adds experts, a router and a locator entry, and moves nothing older."""
     config = TrainingConfig(
@@ -64,8 +67,10 @@ def train(
     )
     console = Console(soft_wrap=True, highlight=False)
     from runtime.model.repertoire import Repertoire
+    from runtime.model.signature import Signer
 
     store = Repertoire(repertoire)
+    signer = Signer.load(key) if key else None
     held = store.manifest().task_names() if store.head() is not None else ()
     waiting = []
     for arriving in _chosen(_read(data), task):
@@ -89,7 +94,7 @@ def train(
         console.print(f"{arriving.name}: training on {len(arriving.train)} examples")
         started = time.monotonic()
         with _progress_bar(console, arriving.name) as on_progress:
-            manifest = add_task(store, model, arriving, config, on_progress=on_progress)
+            manifest = add_task(store, model, arriving, config, signer=signer, on_progress=on_progress)
         console.print(
             f"generation {manifest.generation}: {arriving.name} added, {manifest.tasks[-1].trained_parameters:,} "
             f"parameters trained in {time.monotonic() - started:.0f} s"
@@ -126,7 +131,7 @@ def _device_name(device: str, *, has_cuda: bool) -> str:
 
 @contextmanager
 def _progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar with the smoothed loss; yields what `add_task` calls after every step."""
+    """A bar with the smoothed loss, or ten lines where nobody looks; yields what `add_task` calls after every step."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -134,12 +139,14 @@ def _progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int, f
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task(name, total=None, loss=float("nan"))
         smooth: list[float] = []
 
         def on_progress(step: int, num_steps: int, loss: float) -> None:
             smooth.append(_SMOOTHING * smooth[-1] + (1 - _SMOOTHING) * loss if smooth else loss)
             bars.update(bar, completed=step, total=num_steps, loss=smooth[-1])
+            if not console.is_terminal and step * 10 // num_steps > (step - 1) * 10 // num_steps:
+                console.print(f"{name}: step {step} of {num_steps}, loss {smooth[-1]:.3f}")
 
         yield on_progress

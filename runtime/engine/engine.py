@@ -11,12 +11,14 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
+import torch
 import transformers
 
 from runtime.engine.casting import Casting
+from runtime.engine.generations import Generations
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
@@ -24,6 +26,7 @@ from runtime.engine.request import Request
 from runtime.engine.runner import StepRunner
 from runtime.engine.scheduler import Scheduler, Step
 from runtime.engine.sequence import Phase, Sequence, Sink
+from runtime.engine.statistics import EngineStatistics
 from runtime.errors import (
     CancelledError,
     DeadlineError,
@@ -32,25 +35,11 @@ from runtime.errors import (
     QueueFullError,
     UnavailableError,
 )
-from runtime.memory.memory import ExpertMemory, MemoryStatistics
+from runtime.memory.memory import ExpertMemory
 from runtime.model.generation import Generation
 from runtime.model.repertoire import Repertoire
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStatistics:
-    """A snapshot; counts since the start."""
-
-    generation: int
-    tasks: tuple[str, ...]
-    running: int
-    waiting: int
-    steps: int
-    tokens: int
-    kv_bytes_reserved: int
-    memory: MemoryStatistics
 
 
 class Engine:
@@ -61,7 +50,8 @@ class Engine:
         tokenizer: of the base.
         eos_token_ids: tokens that end an answer.
         repertoire: where experts are read from.
-        generation: the opened generation to serve.
+        generation: the opened generation to begin with; see `publish`.
+        retire: called once when that generation is no longer used.
         options: sizes and limits.
 
     The engine does nothing until `start`; `close` is idempotent.
@@ -76,17 +66,20 @@ class Engine:
         repertoire: Repertoire,
         generation: Generation,
         options: EngineOptions,
+        retire: Callable[[], None] = lambda: None,
     ) -> None:
-        self.generation = generation
+        self._generations = Generations(generation, retire=retire)
         self.memory = ExpertMemory(
             partial(repertoire.read_unit, base=generation.manifest.base),
             budget_bytes=options.expert_budget_bytes,
+            eviction=options.eviction,
             num_loaders=options.num_loaders,
             on_change=self._wake,
         )
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._options = options
+        self._model = model
         self._cache = KVCache(
             model.kv_shape(),
             num_slots=options.max_running,
@@ -96,12 +89,14 @@ class Engine:
         )
         self._max_context = min(options.max_context, model.max_context)
         self._runner = StepRunner(model, self._cache, first_layer=generation.manifest.first_layer)
-        self._casting = Casting(generation, self.memory)
+        self._casting = Casting(self.memory)
         self._scheduler = Scheduler(
             acquire_slot=self._acquire_slot,
             stage=self._casting.stage,
             max_step_tokens=options.max_step_tokens,
             max_passes=options.max_passes,
+            policy=options.policy,
+            missing_bytes=self._casting.missing_bytes,
         )
         self._lock = threading.Condition()  # guards everything below, and is notified when any of it changes
         self._inbox: deque[Sequence] = deque()
@@ -122,6 +117,23 @@ class Engine:
         self._thread.start()
 
     @property
+    def generation(self) -> Generation:
+        """What new requests get."""
+        return self._generations.current
+
+    def publish(self, generation: Generation, *, retire: Callable[[], None] = lambda: None) -> None:
+        """Serve another generation from now on; requests in flight keep the one they began with.
+
+        Args:
+            generation: opened.
+            retire: called once when it has been replaced and its last request has ended, or the engine is closed.
+
+        Raises:
+            InvalidInputError: it cannot replace the current one in a running engine.
+        """
+        self._generations.publish(generation, retire=retire)
+
+    @property
     def max_running(self) -> int:
         """Sequences that run at once, at most."""
         return self._options.max_running
@@ -134,9 +146,26 @@ class Engine:
             UnknownTaskError, RepertoireError: the pinned task does not exist or is quarantined.
             QueueFullError, BudgetError, DeadlineError, UnavailableError.
         """
+        self._check_accepting()
+        generation = self._generations.enter()
+        sequence: Sequence | None = None
+        try:
+            sequence = self._prepare(request, generation, sink)
+            if self._options.prefetch:
+                ids = torch.tensor(sequence.prompt, device=self._model.device)
+                self._casting.guess(sequence, self._model.embed(ids))
+            self._take(sequence)
+        except BaseException:
+            if sequence is not None and sequence.guess is not None:
+                sequence.guess.cancel()
+            self._generations.leave(generation)
+            raise
+        self._wake()
+
+    def _prepare(self, request: Request, generation: Generation, sink: Sink) -> Sequence:
         if request.task is not None:
-            self.generation.mixture(request.task)
-        prompt = self.generation.template.encode(self._tokenizer, request.text, raw=request.raw)
+            generation.mixture(request.task)
+        prompt = generation.template.encode(self._tokenizer, request.text, raw=request.raw)
         if not prompt:
             raise InvalidInputError("input", request.text, "the prompt has no tokens")
         room = self._max_context - len(prompt)
@@ -144,24 +173,34 @@ class Engine:
             raise InvalidInputError(
                 "input", request.text, f"{len(prompt)} prompt tokens; the context of {self._max_context} must leave one"
             )
-        max_tokens = min(request.sampling.max_tokens, room)
         sequence = Sequence(
-            request, prompt, max_tokens=max_tokens, sink=sink, tokenizer=self._tokenizer.backend_tokenizer
+            request,
+            prompt,
+            generation=generation,
+            max_tokens=min(request.sampling.max_tokens, room),
+            sink=sink,
+            tokenizer=self._tokenizer.backend_tokenizer,
         )
         sequence.on_end = self._give_back
         self._cache.check_fits(sequence.num_tokens)
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineError("the deadline has passed before the request could start")
+        return sequence
+
+    def _check_accepting(self) -> None:
+        if self._refusing is not None:
+            raise UnavailableError(self._refusing)
+
+    def _take(self, sequence: Sequence) -> None:
+        request_id = sequence.request.request_id
         with self._lock:
-            if self._refusing is not None:
-                raise UnavailableError(self._refusing)
+            self._check_accepting()
             if len(self._live) >= self._options.max_running + self._options.max_waiting:
                 raise QueueFullError(f"{len(self._live)} requests are in flight, which is all that may be")
-            if request.request_id in self._live:
-                raise InvalidInputError("request_id", request.request_id, "is in use by a request in flight")
-            self._live[request.request_id] = sequence
+            if request_id in self._live:
+                raise InvalidInputError("request_id", request_id, "is in use by a request in flight")
+            self._live[request_id] = sequence
             self._inbox.append(sequence)
-        self._wake()
 
     def cancel(self, request_id: str) -> None:
         """End a request with CancelledError; unknown ids are ignored, since it may just have ended by itself."""
@@ -172,16 +211,19 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """A snapshot."""
+        manifest = self.generation.manifest
         with self._lock:
             running = len(self._scheduler.running)
             return EngineStatistics(
-                generation=self.generation.manifest.generation,
-                tasks=self.generation.manifest.task_names(),
+                generation=manifest.generation,
+                generations=self._generations.numbers(),
+                tasks=manifest.task_names(),
                 running=running,
                 waiting=max(0, len(self._live) - running),
                 steps=self._steps,
                 tokens=self._tokens,
                 kv_bytes_reserved=self._cache.reserved_bytes,
+                stall_s=self._casting.stall_s,
                 memory=self.memory.statistics(),
             )
 
@@ -201,6 +243,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
         self.memory.close()
+        self._generations.close()
 
     def check_integrity(self) -> None:
         """Assert that an idle engine holds nothing; call it only while no request is in flight."""
@@ -279,6 +322,7 @@ class Engine:
         if sequence.slot is not None:
             self._cache.release(sequence.slot)
             sequence.slot = None
+        self._generations.leave(sequence.generation)
         with self._lock:
             del self._live[sequence.request.request_id]
             self._cancelled.discard(sequence.request.request_id)

@@ -7,8 +7,12 @@ Read first: budgets are bytes, and both are hard.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from runtime.errors import InvalidInputError
+from runtime.memory.eviction import EvictionName
+
+Policy = Literal["fcfs", "locality", "fair"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +28,12 @@ class EngineOptions:
         max_step_tokens: tokens of one step; long prompts are split into chunks of at most this.
         max_passes: how often a waiting request may be passed by later, smaller ones.
         num_loaders: threads that read experts.
+        prefetch: guess a prompt's task on arrival and start to read its experts before it is located.
+        policy: which waiting sequence is tried first; see `runtime.engine.scheduler.Scheduler`.
+        eviction: which experts go first: "lru" or "gdsf" (frequency, size, load time).
 
     Raises:
-        InvalidInputError: a value below 1.
+        InvalidInputError: a number below 1, an unknown policy or eviction.
     """
 
     expert_budget_bytes: int = 256 << 20
@@ -37,9 +44,15 @@ class EngineOptions:
     max_step_tokens: int = 512
     max_passes: int = 32
     num_loaders: int = 1
+    prefetch: bool = True
+    policy: Policy = "fcfs"
+    eviction: EvictionName = "lru"
 
     def __post_init__(self) -> None:
+        for name, choices in (("policy", get_args(Policy)), ("eviction", get_args(EvictionName))):
+            if getattr(self, name) not in choices:
+                raise InvalidInputError(name, getattr(self, name), f"is one of {', '.join(choices)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < 1:
+            if type(value) is int and value < 1:
                 raise InvalidInputError(field.name, value, "must be at least 1")

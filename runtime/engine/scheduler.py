@@ -8,10 +8,11 @@ waiting can form. A request that does not fit is passed by later ones at most `m
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from runtime.engine.options import Policy
 from runtime.engine.sequence import Phase, Sequence
 
 
@@ -42,7 +43,10 @@ class Scheduler:
         acquire_slot: gives a sequence its KV slot and returns True, or returns False if it does not fit now.
         stage: tries to reserve the experts of a sequence in STAGING; returns True once they are reserved.
         max_step_tokens: prompt and decode tokens of one step, at most (decoding always goes first).
-        max_passes: how often a waiting sequence may be passed by later ones.
+        max_passes: how often a waiting sequence may be passed by later ones; then it is starved, and all wait for it.
+        policy: who is tried first: "fcfs" in order of arrival, "locality" whose experts lack the fewest bytes in
+            memory, "fair" whose task has the fewest sequences running.
+        missing_bytes: of a sequence's experts, those not in memory; for "locality".
     """
 
     def __init__(
@@ -52,11 +56,15 @@ class Scheduler:
         stage: Callable[[Sequence], bool],
         max_step_tokens: int,
         max_passes: int,
+        policy: Policy = "fcfs",
+        missing_bytes: Callable[[Sequence], int] = lambda _sequence: 0,
     ) -> None:
         self._acquire_slot = acquire_slot
         self._stage = stage
         self._max_step_tokens = max_step_tokens
         self._max_passes = max_passes
+        self._policy = policy
+        self._missing_bytes = missing_bytes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -76,10 +84,10 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Admit what fits, then fill the step: decoding first, then expert layers, then base layers of prompts."""
-        self._pass_by(list(self.waiting), self._acquire_slot)
+        self._admit(list(self.waiting), self._acquire_slot)
         self.running += [sequence for sequence in self.waiting if sequence.phase is Phase.BASE]
         self.waiting = deque(sequence for sequence in self.waiting if sequence.phase is Phase.WAITING)
-        self._pass_by([s for s in self.running if s.phase is Phase.STAGING and s.reservation is None], self._stage)
+        self._admit([s for s in self.running if s.phase is Phase.STAGING and s.reservation is None], self._stage)
         decode = tuple(sequence for sequence in self.running if sequence.phase is Phase.DECODING)
         left = max(1, self._max_step_tokens - len(decode))
         mixing, left = self._fill(Phase.MIXING, lambda sequence: sequence.mixed_done, left)
@@ -97,14 +105,35 @@ class Scheduler:
                 left -= length
         return tuple(parts), left
 
-    def _pass_by(self, candidates: Iterable[Sequence], admit: Callable[[Sequence], bool]) -> None:
-        """Try candidates in order; those that do not fit may be passed by, but not for ever."""
-        blocked: list[Sequence] = []
-        for sequence in candidates:
+    def _admit(self, candidates: list[Sequence], admit: Callable[[Sequence], bool]) -> None:
+        """Try candidates, given in order of arrival; those that do not fit may be passed by, but not for ever.
+
+        The order is the policy's, except that starved ones come first; while one of them does not fit, nobody else
+        gets in, so what it needs drains.
+        """
+        arrived = {sequence: place for place, sequence in enumerate(candidates)}
+        left = dict(arrived)
+        for sequence in self._ordered(candidates):
+            starved = sequence.times_passed >= self._max_passes
             if admit(sequence):
-                for earlier in blocked:
-                    earlier.times_passed += 1
-            elif sequence.phase is not Phase.ENDED:
-                blocked.append(sequence)
-            if any(earlier.times_passed >= self._max_passes for earlier in blocked):
+                place = left.pop(sequence)
+                for other, earlier in left.items():
+                    other.times_passed += earlier < place
+            elif sequence.phase is Phase.ENDED:
+                del left[sequence]
+            elif starved:
                 return
+
+    def _ordered(self, candidates: list[Sequence]) -> list[Sequence]:
+        starved = [sequence for sequence in candidates if sequence.times_passed >= self._max_passes]
+        others = [sequence for sequence in candidates if sequence.times_passed < self._max_passes]
+        if self._policy == "locality":
+            others.sort(key=self._missing_bytes)
+        elif self._policy == "fair":
+            running = Counter(_task(sequence) for sequence in self.running if sequence.reservation is not None)
+            others.sort(key=lambda sequence: running[_task(sequence)])
+        return [*starved, *others]
+
+
+def _task(sequence: Sequence) -> str | None:
+    return sequence.mixture.task if sequence.mixture else None

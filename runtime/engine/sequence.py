@@ -20,8 +20,8 @@ from runtime.engine.request import Event, Failed, Finished, Request, TokenDelta,
 from runtime.engine.sampling import Sampler
 from runtime.engine.text import TextStream
 from runtime.errors import GreenroomError
-from runtime.memory.reservation import Reservation
-from runtime.model.generation import Mixture
+from runtime.memory.reservation import Prefetch, Reservation
+from runtime.model.generation import Generation, Mixture
 from runtime.model.locator import Decision
 
 _log = logging.getLogger(__name__)
@@ -46,16 +46,25 @@ class Sequence:
     Args:
         request: what was asked.
         prompt: token ids, at least one.
+        generation: the one it began with, and keeps.
         max_tokens: new tokens at most, after clipping to the context.
         sink: gets the events.
         tokenizer: for the text.
     """
 
     def __init__(
-        self, request: Request, prompt: list[int], *, max_tokens: int, sink: Sink, tokenizer: Tokenizer
+        self,
+        request: Request,
+        prompt: list[int],
+        *,
+        generation: Generation,
+        max_tokens: int,
+        sink: Sink,
+        tokenizer: Tokenizer,
     ) -> None:
         self.request = request
         self.prompt = prompt
+        self.generation = generation
         self.max_tokens = max_tokens
         self.phase = Phase.WAITING
         self.output: list[int] = []
@@ -67,6 +76,9 @@ class Sequence:
         self.decision: Decision | None = None
         self.mixture: Mixture | None = None
         self.reservation: Reservation | None = None
+        self.staging_since = 0.0
+        self.guess: Prefetch | None = None
+        self.guessed_task: str | None = None
         self.on_end: Callable[[Sequence], None] = lambda _sequence: None
         self._sink = sink
         self._sampler = Sampler(request.sampling)
@@ -147,6 +159,8 @@ class Sequence:
         if self.phase is Phase.ENDED:
             return  # a request ends once; what comes later (a cancellation that crossed the last token) is void
         self.phase = Phase.ENDED
+        if self.guess is not None:
+            self.guess.cancel()
         if self.reservation is not None:
             self.reservation.release()
         self.residual.clear()

@@ -1,7 +1,7 @@
-"""A reservation: the visible set of one sequence, in use until it is released.
+"""A reservation: the visible set of one sequence, in use until it is released. A prefetch: a guess at one.
 
-It knows nothing of threads or budgets; `runtime.memory.memory` fills it under its lock.
-Read first: it ends ready or failed, and either way must be released exactly once; `release` is idempotent.
+They know nothing of threads or budgets; `runtime.memory.memory` fills them under its lock.
+Read first: a reservation ends ready or failed, and either way must be released; `release` and `cancel` are idempotent.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ class Reservation:
         self._read: set[UnitKey] = set()
 
     def expert(self, digest: str, layer: int) -> Expert:
-        """Return a reserved expert; only once `ready`."""
-        assert self.ready, "an expert was asked for before it was loaded"
+        """Return a reserved expert; only once it is loaded."""
         return self._experts[digest, layer]
 
+    def next_missing_layer(self) -> int | None:
+        """The lowest layer of which a unit is not in memory yet; None once all are."""
+        missing = [layer for digest, layer in self.keys if (digest, layer) not in self._experts]
+        return min(missing) if missing else None
+
     def bytes_read(self, digest: str) -> int:
-        """Bytes of this expert set that had to come from disk while this reservation waited."""
+        """Bytes of this expert set that came from disk for this reservation, guessed before it or while it waited."""
         return sum(self._units[key].bytes for key in self._read if key[0] == digest)
 
     def num_layers(self, digest: str) -> int:
@@ -82,3 +86,22 @@ class Reservation:
         if not self.ready and self.error is None and len(self._experts) == len(self._units):
             self.load_s = now - self._started
             self.ready = True
+
+
+class Prefetch:
+    """Made by `ExpertMemory.prefetch` alone.
+
+    Attributes:
+        keys: what was absent or on its way when the guess was made.
+    """
+
+    def __init__(self, keys: tuple[UnitKey, ...], *, on_cancel: Callable[[Prefetch], None]) -> None:
+        self.keys = keys
+        self._on_cancel = on_cancel
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """The guess is over; reads that have not begun for anybody else's sake are withdrawn. Idempotent."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._on_cancel(self)

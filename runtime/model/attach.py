@@ -94,6 +94,8 @@ class MixtureFFN(nn.Module):
         y = cast("torch.Tensor", getattr(self.ffn, f"{target}_proj")(x))
         modules = [cast("ExpertModule", module) for module in self.experts]
         members = [(e, module) for e, module in enumerate(modules) if target in module.targets]
+        if not members:
+            return y
         a = torch.cat([module.a[target] for _, module in members]).to(x.dtype)
         b = torch.cat([module.b[target].t() * module.scale for _, module in members]).to(x.dtype)
         owner = torch.repeat_interleave(

@@ -92,8 +92,9 @@ def pack_expert_set(experts: Mapping[int, Expert], *, task: str, dtype: str, bas
                 raise NonFiniteError(f"expert set of {task}: layer {layer} {name} holds NaN or infinity")
             tensors[f"layer.{layer:04d}.{name}"] = stored
     scale = scales.pop()
-    # The metadata make the configuration part of the bytes, hence of the identity.
-    blob = save(tensors, metadata={"kind": "expert_set", "task": task, "scale": repr(scale)})
+    # The configuration is part of the bytes, hence of the identity; under one key, since their order is not kept.
+    config = json.dumps({"kind": "expert_set", "scale": scale, "task": task}, sort_keys=True)
+    blob = save(tensors, metadata={"greenroom": config})
     digest = hashlib.sha256(blob).hexdigest()
     units = tuple(_unit(blob, layer, experts[layer]) for layer in sorted(experts))
     entry = ExpertSet(digest=digest, task=task, bytes=len(blob), dtype=dtype, scale=scale, units=units)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 
 from runtime.errors import BaseMismatchError, RepertoireError
 from runtime.model.base import BaseInfo
-from runtime.model.locator import Locator, frame_shapes, vae_shapes
+from runtime.model.locator import Locator, Weights, frame_shapes, vae_shapes
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Task, Unit
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
@@ -58,6 +58,7 @@ class Generation:
         manifest: what was published.
         template: how an input becomes a prompt.
         locator: over all tasks without a fault.
+        arrival: the same, for the guess from token embeddings.
         mixtures: task -> mixture, of all tasks without a fault.
         faults: task -> why it cannot be served.
     """
@@ -65,6 +66,7 @@ class Generation:
     manifest: Manifest
     template: PromptTemplate
     locator: Locator
+    arrival: Locator
     mixtures: Mapping[str, Mixture]
     faults: Mapping[str, RepertoireError]
 
@@ -121,19 +123,33 @@ def open_generation(repertoire: Repertoire, number: int | None = None) -> Genera
         RepertoireError: manifest or frame cannot be read; a fault of one task alone is recorded, not raised.
     """
     manifest = repertoire.manifest(number)
-    frame = repertoire.read_tensors(manifest.locator.frame, frame_shapes(manifest.base.width))
-    entries, mixtures, faults = [], {}, {}
+    frames = {
+        ref.frame: repertoire.read_tensors(ref.frame, frame_shapes(manifest.base.width))
+        for ref in (manifest.locator, manifest.arrival)
+    }
+    mixtures: dict[str, Mixture] = {}
+    densities: list[tuple[Task, Weights, Weights]] = []
+    faults: dict[str, RepertoireError] = {}
     for task in manifest.tasks:
         try:
-            vae = repertoire.read_tensors(task.locator.digest, vae_shapes())
+            vaes = [repertoire.read_tensors(entry.digest, vae_shapes()) for entry in (task.locator, task.arrival)]
             mixtures[task.name] = _open_mixture(repertoire, manifest, task)
-            entries.append((task.name, vae, task.locator))
+            densities.append((task, vaes[0], vaes[1]))
         except RepertoireError as error:
             faults[task.name] = error
     return Generation(
         manifest=manifest,
         template=PromptTemplate.parse(manifest.prompt_template),
-        locator=Locator(frame, entries, score=manifest.locator.score),
+        locator=Locator(
+            frames[manifest.locator.frame],
+            [(task.name, vae, task.locator) for task, vae, _ in densities],
+            score=manifest.locator.score,
+        ),
+        arrival=Locator(
+            frames[manifest.arrival.frame],
+            [(task.name, vae, task.arrival) for task, _, vae in densities],
+            score=manifest.arrival.score,
+        ),
         mixtures=mixtures,
         faults=faults,
     )

@@ -94,7 +94,10 @@ class LocatorEntry(_Record):
 
 
 class LocatorRef(_Record):
-    """What all tasks share: the frame (normalisation and projection of features) and how scores are compared."""
+    """What all tasks share: the frame (normalisation and projection of features) and how scores are compared.
+
+    `layer` says where the residual stream is read: what enters that layer; layer 0 is entered by the token embeddings.
+    """
 
     frame: Digest
     feature: Literal["residual_mean"]
@@ -103,17 +106,21 @@ class LocatorRef(_Record):
 
 
 class Task(_Record):
-    """What a user trained: own expert set, router over the visible set, locator entry."""
+    """What a user trained: own expert set, router over the visible set, densities for the locator and for arrival."""
 
     name: Name
     experts: Digest | None
     router: RouterRef
     locator: LocatorEntry
+    arrival: LocatorEntry
     trained_parameters: Annotated[int, Field(ge=0)]
 
 
 class Manifest(_Record):
-    """Everything of one generation."""
+    """Everything of one generation.
+
+    `locator` decides; `arrival` guesses from the token embeddings alone, so that reading can begin before it does.
+    """
 
     schema_version: Literal[1]
     generation: Annotated[int, Field(ge=1)]
@@ -122,6 +129,7 @@ class Manifest(_Record):
     prompt_template: str
     first_layer: Annotated[int, Field(ge=0)]
     locator: LocatorRef
+    arrival: LocatorRef
     experts: tuple[ExpertSet, ...]
     tasks: tuple[Task, ...]
 
@@ -172,9 +180,9 @@ class Manifest(_Record):
 
     def blob_digests(self) -> frozenset[str]:
         """All blobs that this generation needs."""
-        digests = {self.locator.frame, *(expert_set.digest for expert_set in self.experts)}
+        digests = {self.locator.frame, self.arrival.frame, *(expert_set.digest for expert_set in self.experts)}
         for task in self.tasks:
-            digests |= {task.router.digest, task.locator.digest}
+            digests |= {task.router.digest, task.locator.digest, task.arrival.digest}
         return frozenset(digests)
 
     def to_json(self) -> bytes:
@@ -182,8 +190,13 @@ class Manifest(_Record):
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
-def parse_manifest(data: bytes, *, source: str) -> Manifest:
+def parse_manifest(data: bytes, *, source: str, generation: int) -> Manifest:
     """Parse and check a manifest.
+
+    Args:
+        data: all of the file.
+        source: what to call it in messages.
+        generation: the number that its name promises.
 
     Raises:
         UnknownSchemaError: `schema_version` is not one that this code reads.
@@ -196,8 +209,11 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
     if version != SCHEMA_VERSION:
         raise UnknownSchemaError(f"{source}: schema_version={version!r}, this version reads {SCHEMA_VERSION}")
     try:
-        return Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise ManifestError(f"{source}: {where}: {first['msg']} (got {str(first['input'])[:80]!r})") from error
+    if manifest.generation != generation:
+        raise ManifestError(f"{source}: generation={manifest.generation}, the file name says {generation}")
+    return manifest

@@ -1,8 +1,9 @@
 """The repertoire on disk: immutable blobs and manifests, and a HEAD that is replaced atomically.
 
 It knows nothing of what the tensors mean beyond names, shapes and digests, and caches nothing but blob headers.
-Read first: readers never lock. A writer writes blobs, then the manifest, then HEAD; a crash anywhere before the last
-rename leaves the previous generation current. `docs/FORMAT.md` is the normative text.
+Read first: a writer writes blobs, then the manifest, then HEAD; a crash anywhere before the last rename leaves the
+previous generation current. A reader that must keep a generation while others are collected (`runtime.model.collect`)
+holds it with `hold_generation`; nothing else needs a lock. `docs/FORMAT.md` is the normative text.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,16 +25,27 @@ from runtime.errors import (
     BlobTruncatedError,
     DigestMismatchError,
     GenerationMismatchError,
-    ManifestError,
+    InvalidInputError,
     NonFiniteError,
     NotARepertoireError,
-    PathEscapeError,
     TensorMismatchError,
 )
+from runtime.model.durable import OnStep, no_step, write_durably
 from runtime.model.expert import Expert, blob_header, check_header, parse_unit
+from runtime.model.layout import (
+    HEAD,
+    blob_name,
+    head_bytes,
+    manifest_name,
+    manifest_numbers,
+    parse_head,
+    signature_name,
+    tombstone_name,
+)
+from runtime.model.lease import shared_lease
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit, parse_manifest
+from runtime.model.signature import Signer, TrustPolicy
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_HEADER_BYTES = 16 << 20
 
 
@@ -44,13 +54,15 @@ class Repertoire:
 
     Args:
         root: the folder; it may be empty or absent until the first `publish`.
+        trust: whose signatures count, checked whenever a manifest is read; None reads no signatures.
         on_step: called with a name before every step of `publish` that changes the disk; lets tests die there.
 
     Safe to share between threads; writers of several processes exclude one another with a lock file.
     """
 
-    def __init__(self, root: Path, *, on_step: Callable[[str], None] = lambda _step: None) -> None:
+    def __init__(self, root: Path, *, trust: TrustPolicy | None = None, on_step: OnStep = no_step) -> None:
         self.root = root
+        self.trust = trust
         self._on_step = on_step
         self._checked_headers: set[str] = set()
         self._lock = threading.Lock()
@@ -63,13 +75,16 @@ class Repertoire:
         Raises:
             ManifestError: HEAD does not hold a number.
         """
+        path = self.root / HEAD
         try:
-            text = (self.root / "HEAD").read_text()
+            return parse_head(path.read_bytes(), source=str(path))
         except FileNotFoundError:
             return None
-        if not re.fullmatch(r"[1-9][0-9]{0,5}\n", text):
-            raise ManifestError(f"{self.root / 'HEAD'}: expected a generation number, found {text[:40]!r}")
-        return int(text)
+
+    def generations(self) -> tuple[int, ...]:
+        """Return the numbers of all published generations that are still here, ascending."""
+        head = self.head() or 0
+        return tuple(number for number in manifest_numbers(self.root) if number <= head)
 
     def manifest(self, generation: int | None = None) -> Manifest:
         """Read a generation's manifest; the current one by default.
@@ -77,19 +92,46 @@ class Repertoire:
         Raises:
             NotARepertoireError: nothing was published here, or not this generation.
             UnknownSchemaError, ManifestError: see `parse_manifest`.
+            SignatureError: `trust` refuses it.
         """
-        number = self.head() if generation is None else generation
-        if number is None:
-            raise NotARepertoireError(f"{self.root}: no HEAD; `greenroom train` makes a repertoire")
-        path = self._manifest_path(number)
+        number = self._number(generation)
+        path = self.manifest_path(number)
         try:
             data = path.read_bytes()
         except FileNotFoundError as error:
-            raise NotARepertoireError(f"{self.root}: generation {number} is not here") from error
-        manifest = parse_manifest(data, source=path.name)
-        if manifest.generation != number:
-            raise ManifestError(f"{path.name}: generation={manifest.generation}, the file name says {number}")
-        return manifest
+            raise self._not_here(number) from error
+        if self.trust is not None:
+            self.trust.check(data, self.signature(number), source=path.name)
+        return parse_manifest(data, source=path.name, generation=number)
+
+    def signature(self, generation: int) -> bytes | None:
+        """Return the signature file of a generation as it is; None where there is none."""
+        try:
+            return (self.root / signature_name(generation)).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def hold_generation(self, generation: int | None = None) -> Iterator[int]:
+        """Hold a generation, the current one by default: while the block runs, no collector removes any of it.
+
+        Costs one open file; works in any number of threads and processes, and without the right to write.
+
+        Yields:
+            its number.
+
+        Raises:
+            NotARepertoireError: nothing was published here, or this generation was collected.
+        """
+        while True:
+            number = self._number(generation)
+            with shared_lease(self.manifest_path(number)) as here:
+                if here:
+                    yield number
+                    return
+            # Between the two reads the current generation can become an old one and be collected.
+            if generation is not None or self.head() == number:
+                raise self._not_here(number)
 
     def read_unit(self, entry: ExpertSet, unit: Unit, base: BaseRef) -> Expert:
         """Read, check and parse one expert: one contiguous read of `unit.bytes` bytes.
@@ -99,7 +141,7 @@ class Repertoire:
         Raises:
             BlobMissingError, BlobTruncatedError, DigestMismatchError, TensorMismatchError, NonFiniteError.
         """
-        path = self._blob_path(entry.digest)
+        path = self.blob_path(entry.digest)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
@@ -125,7 +167,7 @@ class Repertoire:
             BlobMissingError, DigestMismatchError, TensorMismatchError, NonFiniteError.
         """
         try:
-            data = self._blob_path(digest).read_bytes()
+            data = self.blob_path(digest).read_bytes()
         except FileNotFoundError as error:
             raise BlobMissingError(f"blob {digest} is not on disk") from error
         if hashlib.sha256(data).hexdigest() != digest:
@@ -147,29 +189,33 @@ class Repertoire:
 
     # ---- writing
 
-    def publish(self, manifest: Manifest, blobs: Mapping[str, bytes], *, expected: int | None) -> None:
+    def publish(
+        self, manifest: Manifest, blobs: Mapping[str, bytes], *, expected: int | None, signer: Signer | None = None
+    ) -> None:
         """Make `manifest` the current generation.
 
         Blobs that are on disk already are not written again. On return everything is durable (fsync).
 
         Args:
-            manifest: the new generation; its number must be `expected` + 1 (1 for the first).
+            manifest: the new generation; its number must be `expected` + 1 (1 for the first), its parent `expected`.
             blobs: digest -> bytes of what may be missing on disk.
             expected: the generation that the caller read before; None for the first.
+            signer: signs the manifest before it becomes current.
 
         Raises:
             GenerationMismatchError: HEAD is not `expected` (compare and swap).
             BlobMissingError: the manifest names a blob that is neither on disk nor in `blobs`.
+            OSError: the disk is full, or refuses; the previous generation is still current.
         """
-        (self.root / "generations").mkdir(parents=True, exist_ok=True)
-        with self._writer_lock():
+        number = manifest.generation
+        with self.writer_lock():
             current = self.head()
-            if current != expected or manifest.generation != (expected or 0) + 1:
+            if (current, manifest.parent, number) != (expected, expected, (expected or 0) + 1):
                 raise GenerationMismatchError(
-                    f"generation {manifest.generation} was made on {expected}, current is {current}"
+                    f"generation {number} was made on {manifest.parent}, current is {current}"
                 )
             for digest in sorted(manifest.blob_digests()):
-                path = self._blob_path(digest)
+                path = self.blob_path(digest)
                 if digest in blobs:
                     if hashlib.sha256(blobs[digest]).hexdigest() != digest:
                         raise DigestMismatchError(f"blob {digest}: the bytes to publish have another digest")
@@ -177,49 +223,89 @@ class Repertoire:
                         self._write(path, blobs[digest], "blob")
                 elif not path.exists():
                     raise BlobMissingError(f"blob {digest} is neither on disk nor published with the manifest")
-            self._write(self._manifest_path(manifest.generation), manifest.to_json(), "manifest")
-            self._write(self.root / "HEAD", f"{manifest.generation}\n".encode(), "head")
+            # A publish of this number that was killed may have left a signature over another manifest.
+            (self.root / signature_name(number)).unlink(missing_ok=True)
+            data = manifest.to_json()
+            self._write(self.manifest_path(number), data, "manifest")
+            if signer is not None:
+                self._write(self.root / signature_name(number), signer.sign(data), "signature")
+            self._write(self.root / HEAD, head_bytes(number), "head")
+
+    def rollback(self, *, expected: int, to: int, signer: Signer | None = None) -> Manifest:
+        """Publish a new generation whose content is that of an older one; numbers only grow.
+
+        Args:
+            expected: the generation that the caller read before.
+            to: the older generation.
+            signer: signs the new manifest before it becomes current.
+
+        Returns:
+            the manifest of the new generation.
+
+        Raises:
+            InvalidInputError: `to` is not older than `expected`.
+            NotARepertoireError: generation `to` is not here, or was collected.
+            GenerationMismatchError: HEAD is not `expected`.
+        """
+        if to >= expected:
+            raise InvalidInputError("to", to, f"must be older than the current generation, {expected}")
+        with self.hold_generation(to):
+            manifest = self.manifest(to).model_copy(update={"generation": expected + 1, "parent": expected})
+            self.publish(manifest, {}, expected=expected, signer=signer)
+        return manifest
+
+    def sign(self, generation: int, signer: Signer) -> None:
+        """Sign the manifest of a published generation; a signature that it had is replaced.
+
+        Raises:
+            NotARepertoireError: this generation is not here.
+            UnknownSchemaError, ManifestError: it is not one that this code reads.
+        """
+        with self.hold_generation(generation), self.writer_lock():
+            data = self.manifest_path(generation).read_bytes()
+            parse_manifest(data, source=manifest_name(generation), generation=generation)
+            self._write(self.root / signature_name(generation), signer.sign(data), "signature")
 
     def _write(self, path: Path, data: bytes, kind: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                self._on_step(f"write {kind}")
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            self._on_step(f"rename {kind}")
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        self._on_step(f"done {kind}")
+        write_durably(path, data, kind=kind, on_step=self._on_step)
 
     @contextmanager
-    def _writer_lock(self) -> Iterator[None]:
+    def writer_lock(self) -> Iterator[None]:
+        """Exclude every other writer, in this process and in others; makes the root folder where it is not there."""
+        self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".writer-lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     # ---- places
 
-    def _manifest_path(self, generation: int) -> Path:
-        return self.root / "generations" / f"{generation:06d}.json"
+    def manifest_path(self, generation: int) -> Path:
+        """Return the place of a generation's manifest; it need not exist."""
+        return self.root / manifest_name(generation)
 
-    def _blob_path(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
-            raise PathEscapeError(f"blob {digest[:80]!r}: a digest is 64 hexadecimal digits")
-        return self.root / "blobs" / "sha256" / digest[:2] / digest
+    def blob_path(self, digest: str) -> Path:
+        """Return the place of a blob; it need not exist.
+
+        Raises:
+            PathEscapeError: `digest` is not 64 hexadecimal digits.
+        """
+        return self.root / blob_name(digest)
 
     def export_folder(self, generation: int, target: str) -> Path:
         """Return the folder of one export target; it need not exist."""
         return self.root / "exports" / f"{generation:06d}" / target
+
+    def _number(self, generation: int | None) -> int:
+        number = self.head() if generation is None else generation
+        if number is None:
+            raise NotARepertoireError(f"{self.root}: no HEAD; `greenroom train` makes a repertoire")
+        return number
+
+    def _not_here(self, generation: int) -> NotARepertoireError:
+        collected = (self.root / tombstone_name(generation)).exists()
+        return NotARepertoireError(
+            f"{self.root}: generation {generation} {'was collected' if collected else 'is not here'}"
+        )
 
     def _check_header_once(self, descriptor: int, entry: ExpertSet, base: BaseRef) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ from runtime.errors import InvalidInputError
 from runtime.model.names import check_name
 
 if TYPE_CHECKING:
-    from runtime.engine.engine import EngineStatistics
+    from runtime.engine.statistics import EngineStatistics
 
 MAX_PROMPT_CHARS = 1_000_000
 """Bounds the work of tokenising before the engine can refuse a prompt for its length in tokens."""
@@ -136,6 +136,8 @@ def description(base_name: str, base_digest: str, statistics: EngineStatistics) 
             failures=memory.failures,
             bytes_read=memory.bytes_read,
             load_seconds=memory.load_s,
+            prefetch_useful_bytes=memory.prefetch_useful_bytes,
+            prefetch_wasted_bytes=memory.prefetch_wasted_bytes,
         ),
         engine=pb.EngineStatistics(
             running=statistics.running,
@@ -143,6 +145,7 @@ def description(base_name: str, base_digest: str, statistics: EngineStatistics) 
             steps=statistics.steps,
             tokens=statistics.tokens,
             kv_bytes_reserved=statistics.kv_bytes_reserved,
+            stall_seconds=statistics.stall_s,
         ),
     )
 

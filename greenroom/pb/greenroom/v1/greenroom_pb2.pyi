@@ -205,7 +205,7 @@ class Task(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class MemoryStatistics(_message.Message):
-    __slots__ = ("budget_bytes", "resident_bytes", "reserved_bytes", "resident_units", "hits", "misses", "loads", "evictions", "failures", "bytes_read", "load_seconds")
+    __slots__ = ("budget_bytes", "resident_bytes", "reserved_bytes", "resident_units", "hits", "misses", "loads", "evictions", "failures", "bytes_read", "load_seconds", "prefetch_useful_bytes", "prefetch_wasted_bytes")
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -217,6 +217,8 @@ class MemoryStatistics(_message.Message):
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     BYTES_READ_FIELD_NUMBER: _ClassVar[int]
     LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_USEFUL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_WASTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     budget_bytes: int
     resident_bytes: int
     reserved_bytes: int
@@ -228,18 +230,22 @@ class MemoryStatistics(_message.Message):
     failures: int
     bytes_read: int
     load_seconds: float
-    def __init__(self, budget_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., resident_units: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., loads: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_read: _Optional[int] = ..., load_seconds: _Optional[float] = ...) -> None: ...
+    prefetch_useful_bytes: int
+    prefetch_wasted_bytes: int
+    def __init__(self, budget_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., resident_units: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., loads: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_read: _Optional[int] = ..., load_seconds: _Optional[float] = ..., prefetch_useful_bytes: _Optional[int] = ..., prefetch_wasted_bytes: _Optional[int] = ...) -> None: ...
 
 class EngineStatistics(_message.Message):
-    __slots__ = ("running", "waiting", "steps", "tokens", "kv_bytes_reserved")
+    __slots__ = ("running", "waiting", "steps", "tokens", "kv_bytes_reserved", "stall_seconds")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_RESERVED_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     steps: int
     tokens: int
     kv_bytes_reserved: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_bytes_reserved: _Optional[int] = ...) -> None: ...
+    stall_seconds: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_bytes_reserved: _Optional[int] = ..., stall_seconds: _Optional[float] = ...) -> None: ...

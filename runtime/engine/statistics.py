@@ -1,0 +1,40 @@
+"""What an engine says of itself: an immutable snapshot.
+
+It knows nothing of how the figures come about.
+Read first: counts run since the start; bytes and seconds are in the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.memory.statistics import MemoryStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatistics:
+    """A snapshot.
+
+    Args:
+        generation: what new requests get.
+        generations: all that are in use, older ones by requests that began with them.
+        tasks: of the current generation.
+        running: sequences that hold a KV slot.
+        waiting: requests that do not yet.
+        steps: taken.
+        tokens: generated.
+        kv_bytes_reserved: what running sequences may come to fill.
+        stall_s: seconds in which sequences stood before the expert layers and waited for experts.
+        memory: of the expert memory.
+    """
+
+    generation: int
+    generations: tuple[int, ...]
+    tasks: tuple[str, ...]
+    running: int
+    waiting: int
+    steps: int
+    tokens: int
+    kv_bytes_reserved: int
+    stall_s: float
+    memory: MemoryStatistics

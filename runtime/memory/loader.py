@@ -1,0 +1,87 @@
+"""The loader: threads that run jobs by priority, and jobs that can still be raised or withdrawn while they wait.
+
+It knows nothing of experts; `runtime.memory.memory` gives it reads.
+Read first: a lower number is more urgent. A job that has begun is never interrupted; one that waits can be overtaken.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Hashable
+from enum import IntEnum
+
+
+class Priority(IntEnum):
+    """How urgently a unit is wanted."""
+
+    DEMAND = 0  # a sequence stands before the layer and waits
+    CONFIRMED = 1  # the task is certain, the layer is not reached yet
+    GUESS = 2  # speculation on arrival
+
+
+class Loader:
+    """A pool of threads over one priority queue.
+
+    Args:
+        num_threads: jobs that run at the same time.
+        name: of the threads.
+    """
+
+    def __init__(self, num_threads: int, *, name: str) -> None:
+        self._lock = threading.Condition()
+        self._queue: list[tuple[int, int, int, Hashable]] = []
+        self._jobs: dict[Hashable, tuple[int, int, Callable[[], None]]] = {}
+        self._count = 0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, key: Hashable, job: Callable[[], None], *, priority: Priority, order: int) -> None:
+        """Queue a job; among equal priorities the smaller `order` runs first, then the older one."""
+        with self._lock:
+            assert key not in self._jobs, f"{key} is queued already"
+            self._push(key, priority, order, job)
+            self._lock.notify()
+
+    def raise_to(self, key: Hashable, priority: Priority) -> None:
+        """Make a waiting job more urgent; nothing happens if it has begun or is as urgent already."""
+        with self._lock:
+            waiting = self._jobs.get(key)
+            if waiting is not None and priority < waiting[0]:
+                self._push(key, priority, waiting[1], waiting[2])
+
+    def withdraw(self, key: Hashable) -> bool:
+        """Take a waiting job back; False if it has begun or is unknown."""
+        with self._lock:
+            return self._jobs.pop(key, None) is not None
+
+    def close(self) -> None:
+        """Let running jobs finish and drop the waiting ones; idempotent."""
+        with self._lock:
+            self._closed = True
+            self._jobs.clear()
+            self._lock.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _push(self, key: Hashable, priority: int, order: int, job: Callable[[], None]) -> None:
+        self._jobs[key] = (priority, order, job)
+        self._count += 1
+        heapq.heappush(self._queue, (priority, order, self._count, key))
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closed or self._queue)
+                if self._closed:
+                    return
+                priority, _, _, key = heapq.heappop(self._queue)
+                waiting = self._jobs.get(key)
+                if waiting is None or waiting[0] != priority:
+                    continue  # withdrawn, or raised: the entry that counts is another one
+                del self._jobs[key]
+            waiting[2]()

@@ -1,0 +1,106 @@
+"""The loader: urgent jobs first, waiting ones can be raised or withdrawn, running ones end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from runtime.memory.eviction import make_eviction
+from runtime.memory.loader import Loader, Priority
+
+
+class Bench:
+    """One loader thread that is held busy until the test lets it go, so that the order of the rest can be arranged."""
+
+    def __init__(self) -> None:
+        self.loader = Loader(1, name="test")
+        self.ran: list[str] = []
+        self._busy, self._free, self._done = threading.Event(), threading.Event(), threading.Event()
+        self.loader.submit("first", self._hold, priority=Priority.DEMAND, order=0)
+        assert self._busy.wait(10)
+
+    def _hold(self) -> None:
+        self._busy.set()
+        assert self._free.wait(10)
+
+    def add(self, key: str, priority: Priority, order: int = 0) -> None:
+        self.loader.submit(key, lambda: self.ran.append(key), priority=priority, order=order)
+
+    def finish(self) -> list[str]:
+        self.loader.submit("last", self._done.set, priority=Priority.GUESS, order=10**6)
+        self._free.set()
+        assert self._done.wait(10)
+        return self.ran
+
+    def close(self) -> None:
+        self._free.set()
+        self.loader.close()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.close()
+
+
+def test_urgent_jobs_overtake_and_equal_ones_go_by_order(bench: Bench) -> None:
+    bench.add("guess", Priority.GUESS)
+    bench.add("high layer", Priority.DEMAND, order=9)
+    bench.add("low layer", Priority.DEMAND, order=2)
+    bench.add("confirmed", Priority.CONFIRMED)
+    assert bench.finish() == ["low layer", "high layer", "confirmed", "guess"]
+
+
+def test_a_waiting_job_can_be_raised_but_not_lowered(bench: Bench) -> None:
+    bench.add("a", Priority.CONFIRMED)
+    bench.add("b", Priority.GUESS)
+    bench.loader.raise_to("b", Priority.DEMAND)
+    bench.loader.raise_to("b", Priority.GUESS)
+    bench.loader.raise_to("unknown", Priority.DEMAND)
+    assert bench.finish() == ["b", "a"]
+
+
+def test_a_withdrawn_job_never_runs_and_a_running_one_cannot_be_withdrawn(bench: Bench) -> None:
+    bench.add("a", Priority.GUESS)
+    assert bench.loader.withdraw("a")
+    assert not bench.loader.withdraw("a")
+    assert not bench.loader.withdraw("first")
+    bench.add("a", Priority.GUESS)
+    assert bench.finish() == ["a"], "once, although its key was queued twice"
+
+
+def test_closing_drops_what_waits(bench: Bench) -> None:
+    bench.add("a", Priority.DEMAND)
+    closing = threading.Thread(target=bench.loader.close)
+    closing.start()
+    bench._free.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert bench.ran in ([], ["a"]), "it may have begun before the close"
+
+
+def test_lru_gives_up_what_was_used_longest_ago() -> None:
+    order = make_eviction("lru")
+    for key in ("a", "b", "c", "a"):
+        order.used(key, num_bytes=1, load_s=1.0)
+    assert order.order(["a", "b", "c"]) == ["b", "c", "a"]
+    order.gone("b", evicted=True)
+    assert order.order(["a", "c"]) == ["c", "a"]
+
+
+def test_gdsf_keeps_what_is_frequent_small_and_slow_to_load_and_lets_fame_fade() -> None:
+    order = make_eviction("gdsf")
+    for _ in range(3):
+        order.used("frequent", num_bytes=10, load_s=1.0)
+    order.used("small", num_bytes=5, load_s=1.0)
+    order.used("slow", num_bytes=10, load_s=2.5)
+    order.used("plain", num_bytes=10, load_s=1.0)
+    keys = ["frequent", "small", "slow", "plain"]
+    assert order.order(keys) == ["plain", "small", "slow", "frequent"]
+    for key in ("plain", "small", "slow"):
+        order.gone(key, evicted=True)
+    order.used("new", num_bytes=10, load_s=1.0)
+    assert order.order(["frequent", "new"]) == ["frequent", "new"], "an old favourite is no longer above a newcomer"
