@@ -2,7 +2,8 @@
 
 It knows nothing of speed: a roofline is the least time that a card's datasheet allows, not a measurement.
 Read first: run it with `python benchmarks/export.py`. Rows go to stdout as JSON and into the key `kernels` of the
-results file; other keys of that file stay.
+results file; other keys of that file stay. With `--repertoire` it exports every target from a copy instead, and says in
+the key `targets` whether each was verified, its largest error, seconds and bytes.
 """
 
 from __future__ import annotations
@@ -10,16 +11,25 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnxruntime
 import torch
 import triton
 
+from exporters.options import PRECISIONS, Options
+from exporters.targets import TARGETS, export
 from exporters.triton_artefact import Linear, distinct_variants, shape_name
 from exporters.triton_compile import compile_variant
 from exporters.triton_roofline import CARDS, estimate
+from greenroom.cli.places import cache_folder
+from runtime.errors import ExportMismatchError
+from runtime.model.base import resolve_base
+from runtime.model.repertoire import Repertoire
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
 SHAPES = {
@@ -27,6 +37,8 @@ SHAPES = {
     64: (Linear(4096, 14336, (16, 64)), Linear(14336, 4096, (16, 64))),  # Llama-3-8B
 }
 """Largest rank -> gate and up, and down, of a base."""
+MEASURED = ("agreement", "divergence", "perplexity", "perplexity_torch")
+"""Facts of a whole model that belong into its row."""
 
 
 def kernel_rows() -> Iterator[dict[str, object]]:
@@ -48,28 +60,66 @@ def kernel_rows() -> Iterator[dict[str, object]]:
                 }
 
 
+def target_rows(repertoire: Path, base: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Name and row of every target of the current generation; mixtures are the newest task's, uniform."""
+    choices = Options(base=base, task=Repertoire(repertoire).manifest().task_names()[-1], weights="uniform")
+    with tempfile.TemporaryDirectory() as place:
+        copy = Repertoire(shutil.copytree(repertoire, Path(place) / "copy", ignore=shutil.ignore_patterns("exports")))
+        for name, target in TARGETS.items():
+            takes = target.required | target.optional
+            for precision in PRECISIONS if "precision" in takes else (None,):
+                chosen = choices.only((takes & set(choices.given())) - {"precision"})
+                options = Options(**{**vars(chosen), "precision": precision})
+                row: dict[str, object] = {"verified": True}
+                try:
+                    done = export(copy, name, options=options)
+                except ExportMismatchError as error:
+                    row = {"verified": False, "error": str(error)}
+                else:
+                    measured = {key: done.manifest.files[0].facts.get(key) for key in MEASURED}
+                    row |= {
+                        "max_error": done.manifest.max_error(),
+                        "seconds": round(done.seconds, 1),
+                        "bytes": done.manifest.num_bytes(),
+                        **{key: value for key, value in measured.items() if value is not None},
+                    }
+                    shutil.rmtree(done.folder)
+                yield options.folder_name(name) if precision else name, row
+
+
 def main() -> None:
-    """Compile everything, print it, and merge it into the results."""
+    """Measure one part, print it, and merge it into the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    output = parser.parse_args().output
-    rows = []
-    for row in kernel_rows():
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    results["kernels"] = rows
-    results["kernels_made_by"] = {
-        "command": "python benchmarks/export.py",
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "workload": "decode: 8 tokens, grouped: 512 tokens; 2 experts per token, 8 different ones",
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(rows)} kernels in {output}", file=sys.stderr)
+    parser.add_argument("--repertoire", type=Path, help="measure the targets of this repertoire instead of the kernels")
+    parser.add_argument("--base", default="smollm2", help="its base, by name or path")
+    arguments = parser.parse_args()
+    made_by = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+    made_by["triton"] = triton.__version__
+    part: dict[str, object]
+    if arguments.repertoire is None:
+        rows = []
+        for row in kernel_rows():
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        made_by["command"] = "python benchmarks/export.py"
+        made_by["workload"] = "decode: 8 tokens, grouped: 512 tokens; 2 experts per token, 8 different ones"
+        part = {"kernels": rows, "kernels_made_by": made_by}
+    else:
+        targets = {}
+        for name, row in target_rows(arguments.repertoire, resolve_base(arguments.base, cache=cache_folder())):
+            print(json.dumps({name: row}), flush=True)
+            targets[name] = row
+        tasks = Repertoire(arguments.repertoire).manifest().task_names()
+        made_by["command"] = f"python benchmarks/export.py --repertoire DIR --base {Path(arguments.base).name}"
+        made_by["workload"] = f"tasks {', '.join(tasks)}; fixed mixtures: {tasks[-1]}, uniform"
+        made_by["onnxruntime"] = onnxruntime.__version__
+        part = {"targets": targets, "targets_made_by": made_by}
+    results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    results |= part
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"{', '.join(part)} in {arguments.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

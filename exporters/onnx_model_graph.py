@@ -186,7 +186,7 @@ def model_graph(base: BaseModel, first_layer: int, bits: Mapping[str, int], *, i
     Args:
         base: its sizes are used.
         first_layer: lowest layer with expert slots.
-        bits: linear, as `model_linears` names it -> bits of its codes; empty where all weights are float32.
+        bits: linear, as `linears` names it, or the head -> bits of its codes; empty where all weights are float32.
         is_tied: the embedding is the head's table.
     """
     config, info = base.model.config, base.info

@@ -12,9 +12,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+import typer
 from engines import ask
 from exports import files_below, sabotage
 from repertoires import PROTOTYPES, Workshop
+from typer.testing import CliRunner
 
 from exporters.block_codes import decode, encode
 from exporters.mixture_inputs import mixture_inputs
@@ -23,6 +25,7 @@ from exporters.model_session import ModelSession
 from exporters.nibble_codes import decode_nibbles, encode_nibbles
 from exporters.options import PRECISIONS, Options
 from exporters.targets import Exported, export
+from greenroom.cli.export import export as export_command
 from runtime.engine.engine import Engine
 from runtime.errors import BaseMismatchError, ExportMismatchError, InvalidInputError
 from runtime.model.base import load_base
@@ -149,9 +152,7 @@ def test_a_base_whose_head_is_its_embedding_has_the_table_once(
     base = load_base(tmp_path / "tied", dtype=torch.float32, device=torch.device("cpu"))
     workshop = Workshop(base, Repertoire(tmp_path / "of-tied"))
     workshop.publish("red", PROTOTYPES["red"])
-    smaller = export(
-        workshop.repertoire, "onnx-model", options=Options(base=tmp_path / "tied", precision=precision)
-    )
+    smaller = export(workshop.repertoire, "onnx-model", options=Options(base=tmp_path / "tied", precision=precision))
     assert smaller.manifest.num_bytes() < done.manifest.num_bytes() - 4 * 200 * 64
     got = ModelSession(smaller.folder / "model.onnx", slots(workshop, "red")).step(encode_prompt(workshop, "hello"))
     tolerance = 1e-4 if precision == "float32" else 0.1
@@ -185,20 +186,16 @@ def test_the_manifest_describes_the_graph_and_what_was_measured(done: Exported) 
 # ---- int8 and int4
 
 
-@pytest.mark.parametrize(
-    ("precision", "kl", "share"), [("int8", 0.002, 0.55), ("int4", 0.1, 0.5)], ids=["int8", "int4"]
-)
+@pytest.mark.parametrize(("precision", "kl", "share"), [("int8", 0.002, 0.55), ("int4", 0.1, 0.5)])
 def test_coded_weights_are_smaller_and_close(
-    three_tasks: Workshop, tiny_base_folder: Path, done: Exported, precision: str, kl: float, share: float
+    three_tasks: Workshop, tiny_base_folder: Path, done: Exported, *, precision: str, kl: float, share: float
 ) -> None:
     coded = export(three_tasks.repertoire, "onnx-model", options=Options(base=tiny_base_folder, precision=precision))
     assert (done.folder.name, coded.folder.name) == ("onnx-model", f"onnx-model.{precision}")
     assert coded.manifest.options == {"precision": precision}
     assert coded.manifest.num_bytes() < share * done.manifest.num_bytes()
     ids, packed = random_ids(3, 40), slots(three_tasks, None, "green", "blue")
-    wanted, got = (
-        ModelSession(one.folder / "model.onnx", packed).step(ids, keep=40) for one in (done, coded)
-    )
+    wanted, got = (ModelSession(one.folder / "model.onnx", packed).step(ids, keep=40) for one in (done, coded))
     assert 0 < divergence(got, wanted) < kl
     facts = coded.manifest.files[0].facts
     assert facts["perplexity"] == pytest.approx(facts["perplexity_torch"], rel=0.05)
@@ -259,9 +256,7 @@ def test_weights_that_are_missing_fail_verification(three_tasks: Workshop, tiny_
             next(root.rglob(".partial-*/model.bin")).unlink()
 
     with pytest.raises(ExportMismatchError, match=r"model\.onnx: onnxruntime does not take it"):
-        export(
-            three_tasks.repertoire, "onnx-model", options=Options(base=tiny_base_folder), on_progress=on_progress
-        )
+        export(three_tasks.repertoire, "onnx-model", options=Options(base=tiny_base_folder), on_progress=on_progress)
     assert files_below(root / "exports") == []
 
 
@@ -301,6 +296,17 @@ def test_naming_the_default_precision_is_the_same_artefact(
         three_tasks.repertoire, "onnx-model", options=Options(base=tiny_base_folder, precision=PRECISIONS[0])
     )
     assert (again.folder, again.was_there) == (done.folder, True)
+
+
+def test_the_command_takes_a_precision(three_tasks: Workshop, tiny_base_folder: Path) -> None:
+    app = typer.Typer()
+    app.command()(export_command)
+    root = three_tasks.repertoire.root
+    words = ["onnx-model", "onnx-router", "--precision", "int8", "--base", tiny_base_folder, "--repertoire", root]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert (root / "exports/000003/onnx-model.int8/model.onnx").is_file()
+    assert (root / "exports/000003/onnx-router/red.onnx").is_file()
 
 
 def test_every_weight_lies_aligned_beside_the_graph(done: Exported) -> None:
