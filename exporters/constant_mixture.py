@@ -18,7 +18,7 @@ from torch import nn
 
 from exporters.options import Source
 from runtime.errors import InvalidInputError
-from runtime.model.attach import ExpertModule, MixtureFFN, attach, decoder_layers, detach
+from runtime.model.attach import ExpertModule, MixtureFFN, attached, decoder_layers
 from runtime.model.expert import Expert, LowRank
 from runtime.model.manifest import TARGETS, Digest, Manifest, Target
 
@@ -127,11 +127,8 @@ def attached_mixture(model: nn.Module, mixture: ConstantMixture) -> Iterator[Non
         width = layers[layer].mlp.gate_proj.in_features  # type: ignore[union-attr]
         router = torch.zeros(count, width)  # type: ignore[arg-type]
         ffns[layer] = MixtureFFN(layers[layer].mlp, experts, router, top_k=count)  # type: ignore[arg-type]
-    attach(model, ffns)
-    try:
+    with attached(model, ffns):
         yield
-    finally:
-        detach(model)
 
 
 def _members(terms: Iterable[Term], target: Target) -> list[tuple[float, LowRank]]:

@@ -8,7 +8,7 @@ of them alone would have written the same answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.model.attach import ExpertModule, MixtureFFN, attach, decoder_layers, detach
+from runtime.model.attach import attached, load_mixture
 from runtime.model.base import BaseModel
 from runtime.model.generation import Generation
 from runtime.model.prompt import PromptTemplate
@@ -73,27 +73,9 @@ def make_cases(base: BaseModel, template: PromptTemplate, tasks: Sequence[str | 
 @contextmanager
 def attached_task(repertoire: Repertoire, generation: Generation, task: str | None, model: nn.Module) -> Iterator[None]:
     """`model` with the mixture of a task in the place of its FFNs, and without it on leaving."""
-    ffns: Mapping[int, MixtureFFN] = {}
-    if task is not None:
-        mixture, base, layers = generation.mixture(task), generation.manifest.base, decoder_layers(model)
-        experts = {
-            (unit.layer, entry.digest): ExpertModule(repertoire.read_unit(entry, unit, base), trainable=False)
-            for entry, unit in generation.visible_units(mixture)
-        }
-        ffns = {
-            layer: MixtureFFN(
-                layers[layer].mlp,  # type: ignore[arg-type]
-                [experts[layer, digest] for digest in router.experts],
-                router.weight,
-                top_k=mixture.top_k,
-            )
-            for layer, router in mixture.routers.items()
-        }
-    attach(model, ffns)
-    try:
+    ffns = {} if task is None else load_mixture(repertoire, generation, task, model)
+    with attached(model, ffns):
         yield
-    finally:
-        detach(model)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from runtime.model.attach import fresh_expert
+from runtime.model.attach import attached, fresh_expert, load_mixture
 from runtime.model.base import BaseModel
 from runtime.model.expert import Expert, pack_expert_set
 from runtime.model.generation import base_ref, open_generation, router_tensor_name
@@ -24,7 +24,6 @@ from runtime.model.locator import PROJECTED, pool, project, vae_shapes
 from runtime.model.manifest import LocatorEntry, LocatorRef, Manifest, RouterRef, Task
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
-from training.mixture import attached, load_mixture
 
 FIRST_LAYER = 2
 

@@ -12,12 +12,11 @@ from torch import nn
 from runtime.errors import TensorMismatchError
 from runtime.kernels.mixture import mixture_loop
 from runtime.kernels.routing import top_k_weights
-from runtime.model.attach import ExpertModule, MixtureFFN, attach, decoder_layers, fresh_expert
+from runtime.model.attach import ExpertModule, MixtureFFN, attached, decoder_layers, fresh_expert
 from runtime.model.base import BaseModel, load_base
 from runtime.model.expert import Expert, LowRank
 from runtime.model.generation import base_ref
 from runtime.model.manifest import TARGETS
-from training.mixture import attached
 
 RANK, ALPHA = 4, 12.0
 IDS = torch.tensor([[1, 30, 41, 52, 63, 74, 5, 96, 107, 2]])
@@ -127,4 +126,4 @@ def test_what_experts_cannot_be_attached_to_is_refused(tiny_base: BaseModel) -> 
     with pytest.raises(TensorMismatchError, match="2 rows for 1 experts"):
         MixtureFFN(decoder_layers(tiny_base.model)[0].mlp, [expert], torch.zeros(2, width), top_k=1)
     with pytest.raises(TensorMismatchError, match=r"Linear has no model\.layers"):
-        attach(nn.Linear(1, 1), {})
+        attached(nn.Linear(1, 1), {}).__enter__()

@@ -26,12 +26,12 @@ from exporters.options import Options
 from exporters.peft_adapter import _config
 from exporters.targets import Exported, export
 from runtime.errors import BaseMismatchError, ExportMismatchError, InvalidInputError, UnknownTaskError
+from runtime.model.attach import attached, load_mixture
 from runtime.model.base import BaseModel, load_base
 from runtime.model.expert import LowRank
 from runtime.model.generation import open_generation
 from runtime.model.manifest import TARGETS
 from runtime.model.repertoire import Repertoire
-from training.mixture import attached, load_mixture
 
 IDS = torch.tensor([[1, 30, 41, 52, 63, 74, 5, 96, 107, 2]])
 CPU = torch.device("cpu")

@@ -18,11 +18,10 @@ from exporters.targets import export
 from exporters.verify import open_session, verify
 from runtime.errors import ExportMismatchError
 from runtime.kernels.mixture import pack
-from runtime.model.attach import decoder_layers
+from runtime.model.attach import decoder_layers, load_mixture
 from runtime.model.expert import Expert, LowRank
 from runtime.model.generation import base_ref, open_generation
 from runtime.model.manifest import Target
-from training.mixture import load_mixture
 
 
 @pytest.fixture

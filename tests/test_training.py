@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from runtime.errors import BaseMismatchError, InvalidInputError, NonFiniteError
+from runtime.model.attach import attached, load_mixture
 from runtime.model.base import BaseModel
 from runtime.model.generation import open_generation
 from runtime.model.manifest import Manifest
@@ -20,7 +21,6 @@ from training.batches import Row, collate, encode_row, shuffled_batches
 from training.config import TrainingConfig
 from training.data import Example, TaskData
 from training.grow import add_task
-from training.mixture import attached, load_mixture
 from training.precision import base_dtype
 from training.score import exact_match, is_exact, normalise
 from training.task import answer_loss, rate, train_task

@@ -20,13 +20,12 @@ from torch.nn.functional import cross_entropy
 
 from runtime.errors import InvalidInputError, NonFiniteError
 from runtime.kernels.routing import balance_loss
-from runtime.model.attach import ExpertModule, MixtureFFN, decoder_layers, fresh_expert
+from runtime.model.attach import ExpertModule, MixtureFFN, attached, decoder_layers, fresh_expert
 from runtime.model.base import BaseModel
 from runtime.model.expert import Expert
 from runtime.model.generation import base_ref
 from training.batches import Batch, Row, collate, shuffled_batches
 from training.config import TrainingConfig
-from training.mixture import attached
 
 _ROUTER_INIT = 0.02  # standard deviation: small enough that every expert begins with a like weight (ours)
 

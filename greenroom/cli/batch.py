@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from greenroom.cli import engine_flags as flags
-from greenroom.cli.engine_flags import EngineFlags, parse_size
-from runtime.engine.options import EngineOptions
 from runtime.engine.request import SamplingParams
 from runtime.errors import DataError, InvalidInputError
 
@@ -47,20 +45,18 @@ def batch(
         raise InvalidInputError("source", str(source), "is not a file")
     if not target.parent.is_dir():
         raise InvalidInputError("target", str(target), "its folder does not exist")
-    chosen = EngineFlags(
+    chosen = flags.collect(
         repertoire=repertoire,
         trust=trust,
         base=base,
         dtype=dtype,
         threads=threads,
-        limits=EngineOptions(
-            expert_budget_bytes=parse_size("expert_memory", expert_memory),
-            kv_budget_bytes=parse_size("kv_memory", kv_memory),
-            max_running=max_running,
-            policy=policy,
-            eviction=eviction,
-            prefetch=prefetch,
-        ),
+        expert_memory=expert_memory,
+        kv_memory=kv_memory,
+        max_running=max_running,
+        policy=policy,
+        eviction=eviction,
+        prefetch=prefetch,
     )
     from greenroom.cli.build_engine import build_engine
     from runtime.batch import run_batch

@@ -8,7 +8,7 @@ those of `runtime.engine.options`.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -76,6 +76,26 @@ class EngineFlags:
     dtype: Dtype
     threads: int
     limits: EngineOptions
+
+
+def collect(
+    *, repertoire: Path, trust: Path | None, base: str | None, dtype: Dtype, threads: int, **limits: Any
+) -> EngineFlags:
+    """The flags of a command as one value.
+
+    Args:
+        repertoire: see `EngineFlags`, as for `trust`, `base`, `dtype` and `threads`.
+        limits: `expert_memory` and `kv_memory` as typed; everything else as in `EngineOptions`.
+
+    Raises:
+        InvalidInputError: a size or limit that cannot be used.
+    """
+    budgets = {
+        "expert_budget_bytes": parse_size("expert_memory", limits.pop("expert_memory")),
+        "kv_budget_bytes": parse_size("kv_memory", limits.pop("kv_memory")),
+    }
+    options = EngineOptions(**budgets, **limits)
+    return EngineFlags(repertoire=repertoire, trust=trust, base=base, dtype=dtype, threads=threads, limits=options)
 
 
 def parse_size(field: str, text: str) -> int:

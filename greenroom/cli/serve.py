@@ -13,8 +13,6 @@ from typing import Annotated
 import typer
 
 from greenroom.cli import engine_flags as flags
-from greenroom.cli.engine_flags import EngineFlags, parse_size
-from runtime.engine.options import EngineOptions
 
 
 def serve(
@@ -39,20 +37,18 @@ def serve(
     ready_file: Annotated[Path | None, typer.Option(help="File to write the port to when ready.")] = None,
 ) -> None:
     """Serve a repertoire over gRPC until SIGTERM or SIGINT."""
-    chosen = EngineFlags(
+    chosen = flags.collect(
         repertoire=repertoire,
         trust=trust,
         base=base,
         dtype=dtype,
         threads=threads,
-        limits=EngineOptions(
-            expert_budget_bytes=parse_size("expert_memory", expert_memory),
-            kv_budget_bytes=parse_size("kv_memory", kv_memory),
-            max_running=max_running,
-            policy=policy,
-            eviction=eviction,
-            prefetch=prefetch,
-        ),
+        expert_memory=expert_memory,
+        kv_memory=kv_memory,
+        max_running=max_running,
+        policy=policy,
+        eviction=eviction,
+        prefetch=prefetch,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 

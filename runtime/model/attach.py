@@ -3,12 +3,14 @@
 It knows nothing of engines, caches or batches of several tasks; training and verification use it, on any causal LM
 whose FFN has `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
 Read first: the router decides once per token and layer, and its weights apply inside each of the three linears.
+`attached` is the way to run a model with a mixture; `load_mixture` makes one of what a repertoire holds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -17,7 +19,9 @@ from torch import nn
 from runtime.errors import TensorMismatchError
 from runtime.kernels.routing import top_k_weights
 from runtime.model.expert import Expert, LowRank
+from runtime.model.generation import Generation
 from runtime.model.manifest import TARGETS, BaseRef, Target
+from runtime.model.repertoire import Repertoire
 
 
 class ExpertModule(nn.Module):
@@ -117,15 +121,40 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def attach(model: nn.Module, ffns: Mapping[int, MixtureFFN]) -> None:
-    """Put the mixture in the place of each layer's FFN, in place; `detach` undoes it."""
+@contextmanager
+def attached(model: nn.Module, ffns: Mapping[int, MixtureFFN]) -> Iterator[None]:
+    """`model` with the mixtures in the place of its FFNs, and bit for bit the old one again on leaving."""
     layers = decoder_layers(model)
     for layer, mixture in ffns.items():
         layers[layer].mlp = mixture
+    try:
+        yield
+    finally:
+        for layer, mixture in ffns.items():
+            layers[layer].mlp = mixture.ffn
 
 
-def detach(model: nn.Module) -> None:
-    """Put the frozen FFNs back."""
-    for layer in decoder_layers(model):
-        if isinstance(layer.mlp, MixtureFFN):
-            layer.mlp = layer.mlp.ffn
+def load_mixture(repertoire: Repertoire, generation: Generation, task: str, model: nn.Module) -> dict[int, MixtureFFN]:
+    """Read router and experts of a task, frozen, as FFNs around those of `model`; `model` itself is not changed.
+
+    Raises:
+        UnknownTaskError: no such task.
+        RepertoireError: something of the task cannot be read.
+    """
+    mixture = generation.mixture(task)
+    base = generation.manifest.base
+    device = next(model.parameters()).device
+    modules = {
+        (entry.digest, unit.layer): ExpertModule(repertoire.read_unit(entry, unit, base), trainable=False).to(device)
+        for entry, unit in generation.visible_units(mixture)
+    }
+    layers = decoder_layers(model)
+    return {
+        layer: MixtureFFN(
+            layers[layer].mlp,  # type: ignore[arg-type]
+            [modules[digest, layer] for digest in router.experts],
+            router.weight.to(device),
+            top_k=mixture.top_k,
+        )
+        for layer, router in mixture.routers.items()
+    }
