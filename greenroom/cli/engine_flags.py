@@ -8,7 +8,7 @@ those of `runtime.engine.options`.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -79,23 +79,33 @@ class EngineFlags:
 
 
 def collect(
-    *, repertoire: Path, trust: Path | None, base: str | None, dtype: Dtype, threads: int, **limits: Any
+    *,
+    repertoire: Path,
+    trust: Path | None,
+    base: str | None,
+    dtype: Dtype,
+    threads: int,
+    expert_memory: str,
+    kv_memory: str,
+    max_running: int,
+    policy: Policy,
+    eviction: EvictionName,
+    prefetch: bool,
 ) -> EngineFlags:
-    """The flags of a command as one value.
-
-    Args:
-        repertoire: see `EngineFlags`, as for `trust`, `base`, `dtype` and `threads`.
-        limits: `expert_memory` and `kv_memory` as typed; everything else as in `EngineOptions`.
+    """The flags of a command as one value; each is named as on the command line.
 
     Raises:
         InvalidInputError: a size or limit that cannot be used.
     """
-    budgets = {
-        "expert_budget_bytes": parse_size("expert_memory", limits.pop("expert_memory")),
-        "kv_budget_bytes": parse_size("kv_memory", limits.pop("kv_memory")),
-    }
-    options = EngineOptions(**budgets, **limits)
-    return EngineFlags(repertoire=repertoire, trust=trust, base=base, dtype=dtype, threads=threads, limits=options)
+    limits = EngineOptions(
+        expert_budget_bytes=parse_size("expert_memory", expert_memory),
+        kv_budget_bytes=parse_size("kv_memory", kv_memory),
+        max_running=max_running,
+        policy=policy,
+        eviction=eviction,
+        prefetch=prefetch,
+    )
+    return EngineFlags(repertoire=repertoire, trust=trust, base=base, dtype=dtype, threads=threads, limits=limits)
 
 
 def parse_size(field: str, text: str) -> int:
