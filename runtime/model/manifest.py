@@ -173,8 +173,10 @@ class Manifest(_Record):
     def visible_layers(self, task: Task) -> dict[int, tuple[str, ...]]:
         """Return for every layer the digests of the visible experts there, in the order of the router's rows."""
         layers: dict[int, tuple[str, ...]] = {}
+        visible = set(task.router.visible)
+        known = {expert_set.digest: expert_set for expert_set in self.experts if expert_set.digest in visible}
         for digest in task.router.visible:
-            for unit in self.expert_set(digest).units:
+            for unit in known[digest].units:
                 layers[unit.layer] = (*layers.get(unit.layer, ()), digest)
         return dict(sorted(layers.items()))
 
