@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch

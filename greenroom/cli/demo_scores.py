@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.data import TaskData
 
 CONCURRENCY = 16
-MAX_TOKENS = 40
+MAX_TOKENS = 28
 
 
 @dataclass(frozen=True, kw_only=True)
