@@ -62,9 +62,9 @@ for command in (train, export, locate, serve, ask, batch, demo):
 
 def run() -> None:
     """Entry point of the console script."""
-    # Threads that wait for one another spin for some microseconds and then sleep. Sleeping at once costs a step half its
-    # speed; spinning for milliseconds, the default, costs ten times that when the cores are shared with anything else.
-    # OpenMP reads this when torch loads it.
+    # Threads that wait for one another spin for some microseconds, then sleep. Sleeping at once slows every step down;
+    # spinning for milliseconds, the default, is worse still where the cores are shared with anything else. OpenMP reads
+    # this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     app(prog_name="greenroom")
