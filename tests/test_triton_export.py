@@ -230,7 +230,7 @@ def test_the_snippet_of_the_document_runs(
     export(three_tasks.repertoire, "triton", options=Options(arch="sm_90", dtype="bfloat16"))
     monkeypatch.chdir(three_tasks.repertoire.root.parent)
     document = (Path(__file__).parent.parent / "docs" / "EXPORT.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```py\n(.*?)```", document.partition("## `triton`")[2], re.DOTALL)
+    (snippet,) = re.findall(r"```py\n(.*?)```", document.partition("## `triton`")[2].partition("\n## ")[0], re.DOTALL)
     exec(compile(snippet, "EXPORT.md", "exec"), {})
     *kernels, difference = capsys.readouterr().out.splitlines()
     assert len(kernels) == 8

@@ -32,7 +32,6 @@ KvMemoryFlag = Annotated[str, typer.Option("--kv-memory", help="Bytes of KV cach
 MaxRunningFlag = Annotated[int, typer.Option("--max-running", min=1, help="Sequences in the running batch at most.")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="What the base model computes in.")]
 ThreadsFlag = Annotated[int, typer.Option("--threads", min=0, help="Threads to compute with; 0 lets torch choose.")]
-
 PolicyFlag = Annotated[
     Policy, typer.Option("--policy", help="Who goes first: by arrival, with the most experts in memory, or by task.")
 ]
@@ -43,13 +42,9 @@ PrefetchFlag = Annotated[
     bool, typer.Option("--prefetch/--no-prefetch", help="Guess a prompt's task on arrival and begin to read.")
 ]
 
-_LIMITS = EngineOptions()
-DEFAULT_EXPERT_MEMORY = f"{_LIMITS.expert_budget_bytes >> 20}MiB"
-DEFAULT_KV_MEMORY = f"{_LIMITS.kv_budget_bytes >> 20}MiB"
-DEFAULT_MAX_RUNNING = _LIMITS.max_running
-DEFAULT_POLICY = _LIMITS.policy
-DEFAULT_EVICTION = _LIMITS.eviction
-DEFAULT_PREFETCH = _LIMITS.prefetch
+LIMITS = EngineOptions()
+DEFAULT_EXPERT_MEMORY = f"{LIMITS.expert_budget_bytes >> 20}MiB"
+DEFAULT_KV_MEMORY = f"{LIMITS.kv_budget_bytes >> 20}MiB"
 DEFAULT_DTYPE: Dtype = "float32"
 DEFAULT_THREADS = 0
 
