@@ -255,6 +255,24 @@ def test_a_guess_never_takes_the_room_of_what_is_reserved(disk: Disk, loaded: Si
     memory.close()
 
 
+def test_what_nobody_waits_for_goes_before_an_open_guess(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(disk, loaded, units=4)
+    memory.prefetch(make_set("a"))
+    loaded.wait_for(2)
+    idle = memory.reserve(make_set("b"))
+    assert idle is not None
+    loaded.wait_for(4)
+    idle.release()
+    memory.prefetch(make_set("c"))
+    loaded.wait_for(6)
+    guessed = memory.reserve(make_set("a"))
+    assert guessed is not None
+    assert guessed.ready, "b was used later, but a is still a guess that may come true"
+    assert memory.statistics().prefetch_wasted_bytes == 0
+    memory.check_integrity()
+    memory.close()
+
+
 def test_a_reservation_says_from_which_layer_on_something_is_missing(disk: Disk, loaded: Signal) -> None:
     memory = make_memory(disk, loaded, units=4)
     disk.gate.clear()

@@ -248,7 +248,9 @@ class ExpertMemory:
 
     def _make_room(self, num_bytes: int) -> bool:
         idle = [key for key, slot in self._slots.items() if slot.state is _State.READY and not slot.references]
-        for key in self._eviction.order(idle):
+        order = self._eviction.order(idle)
+        order.sort(key=lambda key: self._slots[key].guessed)  # type: ignore[index]  # open guesses go last
+        for key in order:
             if self._resident_bytes + num_bytes <= self.budget_bytes:
                 break
             slot = self._slots.pop(key)  # type: ignore[call-overload]
