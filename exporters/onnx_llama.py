@@ -22,7 +22,19 @@ DOMAIN = "com.microsoft"
 FLOAT_ACTIVATIONS, CODED_ACTIVATIONS = 1, 4
 """What onnxruntime calls accuracy levels of `MatMulNBits`: inputs stay float32, or are rounded to 8 bits per block."""
 
-_START = """
+ROTARY = """\
+    position_floats = Cast<to = 1>(position_columns)
+    half_angles = Mul(position_floats, inv_freq)
+    angles = Concat<axis = -1>(half_angles, half_angles)
+    cosine_unscaled = Cos(angles)
+    cosine = Mul(cosine_unscaled, rope_scale)
+    sine_unscaled = Sin(angles)
+    sine = Mul(sine_unscaled, rope_scale)
+"""
+"""Cosine and sine [T, width / 2 twice] of the positions in `position_columns`; shared by both Llama graphs."""
+
+_START = (
+    """
     zero = Constant<value_int = 0>()
     one = Constant<value_int = 1>()
     first = Constant<value_ints = [0]>()
@@ -36,14 +48,9 @@ _START = """
     positions = Range(zero, num_tokens_scalar, one)
     position_columns = Unsqueeze(positions, second)
     position_rows = Unsqueeze(positions, first)
-    position_floats = Cast<to = 1>(position_columns)
-    half_angles = Mul(position_floats, inv_freq)
-    angles = Concat<axis = -1>(half_angles, half_angles)
-    cosine_unscaled = Cos(angles)
-    cosine = Mul(cosine_unscaled, rope_scale)
-    sine_unscaled = Sin(angles)
-    sine = Mul(sine_unscaled, rope_scale)
-    is_later = Greater(position_rows, position_columns)
+"""
+    + ROTARY
+    + """    is_later = Greater(position_rows, position_columns)
     never = Constant<value_float = -1e30>()
     always = Constant<value_float = 0.0>()
     mask = Where(is_later, never, always)
@@ -52,6 +59,7 @@ _START = """
     context_shape = Constant<value_ints = [0, {attention_width}]>()
     hidden_0 = Identity(embeddings)
 """
+)
 
 NORM = """
     {out}_square = Mul({x}, {x})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from exporters.block_codes import BLOCK
-from exporters.onnx_llama import ACTIVATE, FLOAT_ACTIVATIONS, LINEAR, NORM, linears
+from exporters.onnx_llama import ACTIVATE, FLOAT_ACTIVATIONS, LINEAR, NORM, ROTARY, linears
 from runtime.model.base import BaseModel
 from runtime.model.manifest import TARGETS
 
@@ -35,7 +35,8 @@ _OUTPUTS = """
     float[{num_layers}, B, {num_kv_heads}, N, {head_size}] values
 """
 
-_START = """
+_START = (
+    """
     zero = Constant<value_int = 0>()
     one = Constant<value_int = 1>()
     first = Constant<value_ints = [0]>()
@@ -58,14 +59,9 @@ _START = """
     context = Range(zero, num_positions_scalar, one)
     position_columns = Unsqueeze(positions, second)
     context_rows = Unsqueeze(context, first)
-    position_floats = Cast<to = 1>(position_columns)
-    half_angles = Mul(position_floats, inv_freq)
-    angles = Concat<axis = -1>(half_angles, half_angles)
-    cosine_unscaled = Cos(angles)
-    cosine = Mul(cosine_unscaled, rope_scale)
-    sine_unscaled = Sin(angles)
-    sine = Mul(sine_unscaled, rope_scale)
-    is_later = Greater(context_rows, position_columns)
+"""
+    + ROTARY
+    + """    is_later = Greater(context_rows, position_columns)
     mask = Where(is_later, never, nothing)
     query_heads = Constant<value_ints = [{num_kv_heads}, {group}, {head_size}]>()
     key_heads = Constant<value_ints = [{num_kv_heads}, 1, {head_size}]>()
@@ -83,6 +79,7 @@ _START = """
     k_of_sequence = Unsqueeze(top_k, last_two)
     is_beyond_k = GreaterOrEqual(ranks, k_of_sequence)
 """
+)
 
 _EMBED = "    embedded = Gather<axis = 0>({table}_weight, ids)\n"
 

@@ -86,3 +86,15 @@ def child(work: Callable[[Gate], int]) -> Iterator[Child]:
             process.end()
         os.close(parent_hears)
         os.close(parent_tells)
+
+
+class DiesAt:
+    """Kills its own process at a step."""
+
+    def __init__(self, deadly: int) -> None:
+        self.left = deadly
+
+    def __call__(self, _step: str) -> None:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from children import Gate, child
+from children import DiesAt, Gate, child
 from repertoires import Workshop
 
 from runtime.errors import (
@@ -154,18 +154,6 @@ def test_collection_stops_before_it_would_guess(three_tasks: Workshop, tmp_path:
     with pytest.raises(NotARepertoireError, match="generation 3"):
         collect(three_tasks.repertoire, keep=1)
     assert bytes_of(root) == before
-
-
-class DiesAt:
-    """Kills its own process at a step."""
-
-    def __init__(self, deadly: int) -> None:
-        self.left = deadly
-
-    def __call__(self, _step: str) -> None:
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.left -= 1
 
 
 def test_killed_at_any_step_a_collection_harms_nothing_and_the_next_one_finishes(three_tasks: Workshop) -> None:

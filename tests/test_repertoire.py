@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from children import DiesAt
 from repertoires import Workshop
 
 from runtime.errors import (
@@ -194,18 +194,6 @@ def test_a_manifest_without_its_blobs_cannot_be_published(workshop: Workshop, tm
     with pytest.raises(BlobMissingError, match="neither on disk nor published"):
         Repertoire(tmp_path / "elsewhere").publish(manifest, {}, expected=None)
     assert Repertoire(tmp_path / "elsewhere").head() is None
-
-
-class DiesAt:
-    """Kills its own process at a step."""
-
-    def __init__(self, deadly: int) -> None:
-        self.left = deadly
-
-    def __call__(self, _step: str) -> None:
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.left -= 1
 
 
 def test_killed_at_any_step_of_a_publish_the_previous_generation_stays_and_the_next_publish_works(

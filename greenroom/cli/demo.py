@@ -24,7 +24,7 @@ from rich.table import Table
 
 from greenroom.cli.answer_view import print_outcome, print_summary
 from greenroom.cli.base import get
-from greenroom.cli.demo_scores import DemoScores, TaskScores, measure
+from greenroom.cli.demo_scores import DemoScores, measure
 from greenroom.cli.export import export
 from greenroom.cli.train import train
 from greenroom.client import AsyncClient
@@ -145,6 +145,3 @@ def _print_table(console: Console, scores: DemoScores) -> None:
         f"{scores.tokens_per_s:.0f} tokens/s with {scores.concurrency} prompts at once; "
         f"{scores.expert_loads} experts read from disk, {os.cpu_count()} cores"
     )
-
-
-__all__ = ["TaskScores", "demo"]

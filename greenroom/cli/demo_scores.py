@@ -9,13 +9,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from greenroom.client import AsyncClient
 from greenroom.results import Answer
-
-if TYPE_CHECKING:
-    from training.data import TaskData
 
 CONCURRENCY = 16
 MAX_TOKENS = 28
@@ -79,15 +75,18 @@ async def measure(target: str, data: Path, prompts_per_task: int) -> DemoScores:
     from training.data import read_tasks
     from training.score import exact_match
 
-    tasks = tuple(_cut(task, prompts_per_task) for task in read_tasks(data))
-    names = [task.name for task in tasks for _ in task.test]
-    inputs = [example.input for task in tasks for example in task.test]
-    wanted = [example.output for task in tasks for example in task.test]
+    tasks = read_tasks(data)
+    # Row by row over all tasks, so that prompts of different tasks share every batch.
+    rounds = zip(*(task.test[:prompts_per_task] for task in tasks), strict=True)
+    asked = [(task.name, example) for examples in rounds for task, example in zip(tasks, examples, strict=True)]
+    names, inputs = [name for name, _ in asked], [example.input for _, example in asked]
+    wanted = [example.output for _, example in asked]
+    unnamed = [None] * len(asked)
     async with AsyncClient(target) as client:
-        base = await _ask_all(client, inputs, base_only=[True] * len(inputs), tasks=[None] * len(inputs))
-        oracle = await _ask_all(client, inputs, base_only=[False] * len(inputs), tasks=names)
+        base = await _ask_all(client, inputs, unnamed, base_only=True)
+        oracle = await _ask_all(client, inputs, names)
         started = time.monotonic()
-        located = await _ask_all(client, inputs, base_only=[False] * len(inputs), tasks=[None] * len(inputs))
+        located = await _ask_all(client, inputs, unnamed)
         seconds = time.monotonic() - started
         description = await client.describe()
     rows = []
@@ -114,23 +113,14 @@ async def measure(target: str, data: Path, prompts_per_task: int) -> DemoScores:
     )
 
 
-def _cut(task: "TaskData", num_prompts: int) -> "TaskData":
-    from training.data import TaskData
-
-    return TaskData(name=task.name, train=task.train, test=task.test[:num_prompts])
-
-
 async def _ask_all(
-    client: AsyncClient, inputs: Sequence[str], *, base_only: Sequence[bool], tasks: Sequence[str | None]
+    client: AsyncClient, inputs: Sequence[str], tasks: Sequence[str | None], *, base_only: bool = False
 ) -> list[Answer]:
-    """Answers in the order of the inputs; prompts of different tasks are interleaved on their way."""
+    """Answers in the order of the inputs."""
     gate = asyncio.Semaphore(CONCURRENCY)
 
-    async def ask(i: int) -> Answer:
+    async def ask(text: str, task: str | None) -> Answer:
         async with gate:
-            return await client.generate(inputs[i], task=tasks[i], base_only=base_only[i], max_tokens=MAX_TOKENS)
+            return await client.generate(text, task=task, base_only=base_only, max_tokens=MAX_TOKENS)
 
-    stride = max(1, len(inputs) // 3)
-    order = sorted(range(len(inputs)), key=lambda i: (i % stride, i))
-    answered = dict(zip(order, await asyncio.gather(*(ask(i) for i in order)), strict=True))
-    return [answered[i] for i in range(len(inputs))]
+    return await asyncio.gather(*(ask(text, task) for text, task in zip(inputs, tasks, strict=True)))
