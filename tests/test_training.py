@@ -195,6 +195,14 @@ def test_a_new_repertoire_starts_its_experts_at_a_third_of_the_depth(tiny_base: 
     assert manifest.tasks[0].trained_parameters == 3 * per_layer + 2 * 36256
 
 
+def test_a_task_of_its_own_sees_no_older_expert_and_stands_beside_it(tiny_base: BaseModel, tmp_path: Path) -> None:
+    alone = dataclasses.replace(QUICK, visible="own")
+    manifest = grown(tmp_path, tiny_base, alone, task_of("letters", LETTERS), task_of("signs", SIGNS)).manifest()
+    assert [task.router.visible for task in manifest.tasks] == [(entry.digest,) for entry in manifest.experts]
+    assert [task.router.top_k for task in manifest.tasks] == [1, 1]
+    assert open_generation(Repertoire(tmp_path)).faults == {}
+
+
 def test_what_cannot_be_added_is_refused_before_anything_changes(tiny_base: BaseModel, tmp_path: Path) -> None:
     task = task_of("letters", LETTERS)
     repertoire = grown(tmp_path, tiny_base, QUICK, task)
@@ -292,6 +300,7 @@ def test_only_white_space_is_forgiven_in_an_exact_match() -> None:
         ("weight_decay", "0", "finite number, 0 or more"),
         ("warmup_share", 1.0, "share from 0 and below 1"),
         ("locator_held_out", 0.0, "share above 0 and below 1"),
+        ("visible", "none", "one of all, own"),
         ("dtype", "float16", "one of auto, float32, bfloat16"),
         ("store_dtype", "int8", "one of float32, bfloat16, float16"),
         ("locator_score", "best", "one of raw, z, abs_z"),

@@ -15,6 +15,7 @@ from runtime.errors import InvalidInputError
 Dtype = Literal["auto", "float32", "bfloat16"]
 StoreDtype = Literal["float32", "bfloat16", "float16"]
 LocatorScore = Literal["raw", "z", "abs_z"]
+Visible = Literal["all", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class TrainingConfig:
         rank: R of every new expert.
         alpha: the update is scaled by alpha / R.
         top_k: experts per token and layer, K; fewer where fewer are visible.
+        visible: experts that the task's router may choose: "all" that are there when it arrives, or only its "own".
         first_layer: lowest layer with experts; None takes what the repertoire has, or a third of the depth for a new
             one (ours; the layers below are base only, so all tasks share them and the locator reads there).
         learning_rate: peak rate of the experts.
@@ -53,6 +55,7 @@ class TrainingConfig:
     rank: int = 8
     alpha: float = 16.0
     top_k: int = 2
+    visible: Visible = "all"
     first_layer: int | None = None
     learning_rate: float = 4e-3
     router_learning_rate: float = 2e-3
@@ -87,6 +90,7 @@ class TrainingConfig:
             _check_real(field, getattr(self, field), above_zero=False)
         _check_share("warmup_share", self.warmup_share, zero=True)
         _check_share("locator_held_out", self.locator_held_out, zero=False)
+        _check_choice("visible", self.visible, get_args(Visible))
         _check_choice("dtype", self.dtype, get_args(Dtype))
         _check_choice("store_dtype", self.store_dtype, get_args(StoreDtype))
         _check_choice("locator_score", self.locator_score, get_args(LocatorScore))

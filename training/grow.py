@@ -92,7 +92,8 @@ def add_task(
         encode_row(base, ground.template, example.input, example.output, max_tokens=config.max_tokens)
         for example in task.train
     ]
-    older_sets = ground.current.experts if ground.current else ()
+    held_sets = ground.current.experts if ground.current else ()
+    older_sets = held_sets if config.visible == "all" else ()
     older = [{unit.layer: repertoire.read_unit(entry, unit, ref) for unit in entry.units} for entry in older_sets]
     trained = train_task(
         base, rows, older, name=task.name, first_layer=ground.first_layer, config=config, on_progress=on_progress
@@ -129,7 +130,7 @@ def add_task(
         first_layer=ground.first_layer,
         locator=ground.current.locator if ground.current else refs[0],
         arrival=ground.current.arrival if ground.current else refs[1],
-        experts=(*older_sets, expert_set),
+        experts=(*held_sets, expert_set),
         tasks=(*(ground.current.tasks if ground.current else ()), entry),
     )
     vae_blobs = [density.blob for density in densities]

@@ -88,14 +88,36 @@ def train_task(
     if first_layer >= base.info.num_layers:
         raise InvalidInputError("first_layer", first_layer, f"the base has {base.info.num_layers} layers")
     ffns = _new_mixture(base, older, name=name, first_layer=first_layer, config=config)
-    with attached(base.model, ffns), _quick_attention(base):
-        losses = tuple(_steps(base, ffns, rows, name=name, config=config, on_progress=on_progress))
+    losses = train_mixture(base, ffns, rows, name=name, config=config, on_progress=on_progress)
     return TrainedTask(
         experts={layer: _new_expert(ffn).expert() for layer, ffn in ffns.items()},
         routers={layer: ffn.router.detach().cpu().clone() for layer, ffn in ffns.items()},
         top_k=min(config.top_k, len(older) + 1),
         losses=losses,
     )
+
+
+def train_mixture(
+    base: BaseModel,
+    ffns: Mapping[int, MixtureFFN],
+    rows: Sequence[Row],
+    *,
+    name: str,
+    config: TrainingConfig,
+    on_progress: Progress = lambda _step, _num_steps, _loss: None,
+) -> tuple[float, ...]:
+    """Train in place whatever asks for gradients in the mixtures `ffns`, layer -> FFN; the base stays as it is.
+
+    The loss is that of `train_task`; `name` enters the order of the examples and messages.
+
+    Returns:
+        cross-entropy of every step, nats per answer token.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+    """
+    with attached(base.model, ffns), _quick_attention(base):
+        return tuple(_steps(base, ffns, rows, name=name, config=config, on_progress=on_progress))
 
 
 def _new_mixture(
@@ -133,7 +155,7 @@ def _steps(
     config: TrainingConfig,
     on_progress: Progress,
 ) -> Iterator[float]:
-    experts = [parameter for ffn in ffns.values() for parameter in _new_expert(ffn).parameters()]
+    experts = [part for ffn in ffns.values() for part in ffn.experts.parameters() if part.requires_grad]
     routers = [ffn.router for ffn in ffns.values()]
     optimizer = torch.optim.AdamW(
         [

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from greenroom.cli.places import cache_folder
 from runtime.errors import InvalidInputError
-from training.config import Dtype, TrainingConfig
+from training.config import Dtype, TrainingConfig, Visible
 
 if TYPE_CHECKING:
     from training.data import TaskData
@@ -38,6 +38,9 @@ def train(
     rank: Annotated[int, typer.Option(help="Rank of the new experts.")] = _DEFAULT.rank,
     alpha: Annotated[float, typer.Option(help="Experts are scaled by alpha / rank.")] = _DEFAULT.alpha,
     top_k: Annotated[int, typer.Option(help="Experts per token and layer.")] = _DEFAULT.top_k,
+    visible: Annotated[
+        Visible, typer.Option(help="Experts that a task may use: all that are there, or its own.")
+    ] = _DEFAULT.visible,
     first_layer: Annotated[
         int | None, typer.Option(help="Lowest layer with experts; default: a third of the depth.")
     ] = None,
@@ -57,6 +60,7 @@ def train(
         rank=rank,
         alpha=alpha,
         top_k=top_k,
+        visible=visible,
         first_layer=first_layer,
         epochs=epochs,
         max_steps=max_steps,
