@@ -22,6 +22,7 @@ from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Located, Request, SamplingParams, TokenDelta
 from runtime.model.generation import open_generation
+from runtime.model.repertoire import Repertoire
 
 _ids = itertools.count()
 
@@ -85,16 +86,24 @@ def ask(engine: Engine, text: str, *, max_tokens: int = 8, sampling: dict | None
 
 @pytest.fixture
 def make_engine() -> Iterator[Callable[..., Engine]]:
-    """Make engines: `make_engine(workshop, number=None, start=True, **options)`."""
+    """Make engines: `make_engine(workshop, number=None, start=True, model_class=..., repertoire=..., **options)`."""
     engines: list[Engine] = []
 
-    def make(workshop: Workshop, number: int | None = None, *, start: bool = True, **options: int) -> Engine:
+    def make(
+        workshop: Workshop,
+        number: int | None = None,
+        *,
+        start: bool = True,
+        model_class: type[LlamaModel] = LlamaModel,
+        repertoire: Repertoire | None = None,
+        **options: int,
+    ) -> Engine:
         base = workshop.base
         engine = Engine(
-            LlamaModel(copy.deepcopy(base.model), max_context=256),
+            model_class(copy.deepcopy(base.model), max_context=256),
             base.tokenizer,
             base.eos_token_ids,
-            repertoire=workshop.repertoire,
+            repertoire=repertoire or workshop.repertoire,
             generation=open_generation(workshop.repertoire, number),
             options=EngineOptions(**options),
         )

@@ -15,6 +15,7 @@ from runtime.engine.request import Request
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Phase, Sequence
 
+FIRST_LAYER, NUM_LAYERS = 2, 5
 TOKENIZER = Tokenizer(models.BPE())
 MAX_PASSES = 3
 STEP_TOKENS = 16
@@ -22,16 +23,27 @@ STEP_TOKENS = 16
 
 @dataclass
 class Need:
-    """What a sequence asks for: KV units, expert units, prompt tokens, tokens to generate."""
+    """What a sequence asks for: KV units, expert units, prompt tokens, tokens to generate; and how its experts come.
+
+    `pinned` ones are known from the start; `slow` is how many steps each layer's experts take to come.
+    """
 
     kv: int
     experts: int
     prompt: int
     output: int
+    pinned: bool = False
+    slow: int = 0
 
 
 class Held:
-    """Stands in for a reservation."""
+    """Stands in for a reservation: knows when it was made."""
+
+    def __init__(self, made: int) -> None:
+        self.made = made
+
+    def release(self) -> None:
+        """The test's own `end` and `give_back` do this."""
 
 
 class World:
@@ -39,9 +51,11 @@ class World:
 
     def __init__(self, needs: list[Need], *, kv: int, experts: int, policy: Policy = "fcfs") -> None:
         self.kv, self.experts = kv, experts
+        self.now = 0
         self.scheduler = Scheduler(
             acquire_slot=self.acquire,
             stage=self.stage,
+            layers_ready=self.layers_ready,
             max_step_tokens=STEP_TOKENS,
             max_passes=MAX_PASSES,
             policy=policy,
@@ -68,6 +82,7 @@ class World:
             return False
         self.kv -= need.kv
         sequence.start(len(self.admitted))
+        sequence.decided = sequence.awaits_experts = need.pinned
         self.admitted.append(sequence)
         return True
 
@@ -76,9 +91,16 @@ class World:
         if need.experts > self.experts:
             return False
         self.experts -= need.experts
-        sequence.reservation = Held()  # type: ignore[assignment]
-        sequence.phase = Phase.MIXING
+        sequence.reservation = Held(self.now)  # type: ignore[assignment]
+        sequence.awaits_experts = False
         return True
+
+    def layers_ready(self, sequence: Sequence) -> int:
+        if not isinstance(sequence.reservation, Held):
+            return FIRST_LAYER
+        slow = self.needs[sequence].slow
+        come = (self.now - sequence.reservation.made) // slow if slow else NUM_LAYERS
+        return min(NUM_LAYERS, FIRST_LAYER + come)
 
     def give_back(self, sequence: Sequence) -> None:
         need = self.needs[sequence]
@@ -88,20 +110,26 @@ class World:
     def step(self) -> int:
         """Run one step as the engine would; returns the tokens that it computed."""
         step = self.scheduler.schedule()
-        for sequence, length in step.mixing:
-            sequence.mixed_done += length
-            if sequence.mixed_done == len(sequence.prompt):
-                sequence.phase = Phase.DECODING
-        for sequence, length in step.base:
-            sequence.base_done += length
-            if sequence.base_done == len(sequence.prompt):
-                sequence.phase = Phase.STAGING
+        self.now += 1
+        for part in step.prompts:
+            sequence = part.sequence
+            assert part.layers.start == sequence.layers_done
+            assert part.start == sequence.tokens_done
+            assert part.layers.stop <= FIRST_LAYER or sequence.reservation is not None, (
+                "experts before they are reserved"
+            )
+            if sequence.advance(part.length):
+                if sequence.layers_done == NUM_LAYERS:
+                    sequence.phase = Phase.DECODING
+                elif not sequence.decided:
+                    assert sequence.layers_done == FIRST_LAYER, "the locator looks before the first expert layer"
+                    sequence.decided = sequence.awaits_experts = True
         for sequence in step.decode:
             sequence.output.append(0)
             if len(sequence.output) == sequence.max_tokens:
                 self.end(sequence)
         self.scheduler.sweep()
-        return len(step.decode) + sum(length for _, length in (*step.mixing, *step.base))
+        return len(step.decode) + sum(part.length for part in step.prompts)
 
     def end(self, sequence: Sequence) -> None:
         sequence.reservation, held = None, sequence.reservation
@@ -117,6 +145,8 @@ needs = st.builds(
     experts=st.integers(0, 10),
     prompt=st.integers(1, 40),
     output=st.integers(1, 5),
+    pinned=st.booleans(),
+    slow=st.integers(0, 3),
 )
 
 
@@ -131,7 +161,8 @@ def test_every_request_ends_and_no_budget_is_exceeded(
     wanted: list[Need], kv: int, experts: int, policy: Policy
 ) -> None:
     world = World(wanted, kv=kv, experts=experts, policy=policy)
-    bound = 10 + sum(need.prompt * 2 + need.output + 3 for need in wanted)
+    layers = NUM_LAYERS - FIRST_LAYER
+    bound = 10 + sum(need.prompt * (1 + layers) + need.output + 3 + layers * need.slow for need in wanted)
     for _ in range(bound):
         if not list(world.scheduler.all()):
             break
@@ -169,22 +200,39 @@ def test_a_large_request_is_passed_by_small_ones_only_so_often() -> None:
 def test_the_policy_says_who_is_tried_first_and_a_starved_one_comes_before_all(policy: Policy, first: int) -> None:
     world = World([Need(1, 6, 1, 1), Need(1, 9, 1, 1)], kv=10, experts=10, policy=policy)
     world.step()
-    starved, other = world.needs
     world.scheduler.schedule()
-    assert [sequence.phase is Phase.MIXING for sequence in world.needs].index(True) == first
+    assert [sequence.reservation is not None for sequence in world.needs].index(True) == first
     world = World([Need(1, 6, 1, 1), Need(1, 9, 1, 1)], kv=10, experts=10, policy=policy)
     world.step()
     starved, other = world.needs
     starved.times_passed = MAX_PASSES
     world.scheduler.schedule()
-    assert (starved.phase, other.phase) == (Phase.MIXING, Phase.STAGING)
+    assert (starved.awaits_experts, other.awaits_experts) == (False, True)
 
 
-@pytest.mark.parametrize("phase", [Phase.WAITING, Phase.BASE, Phase.STAGING])
-def test_a_request_that_ends_early_is_forgotten_and_the_others_go_on(phase: Phase) -> None:
-    world = World([Need(10, 5, 30, 2), Need(10, 5, 3, 2)], kv=10, experts=10)
+def test_a_prompt_goes_as_far_as_its_experts_are_there_and_all_of_it_through_one_range_before_the_next() -> None:
+    world = World([Need(1, 1, STEP_TOKENS + 4, 1, pinned=True, slow=2)], kv=10, experts=10)
+    (sequence,) = world.needs
+    seen = []
+    while sequence.phase is not Phase.DECODING:
+        step = world.scheduler.schedule()
+        seen += [(part.layers.start, part.layers.stop, part.length) for part in step.prompts]
+        world.step()
+    assert seen[:2] == [(0, 2, STEP_TOKENS), (0, 2, 4)]
+    assert [(start, stop) for start, stop, _ in seen[2:]] == [(2, 3), (2, 3), (3, 4), (3, 4), (4, 5), (4, 5)]
+
+
+@pytest.mark.parametrize("when", ["waiting", "before", "between", "decoding"])
+def test_a_request_that_ends_early_is_forgotten_and_the_others_go_on(when: str) -> None:
+    world = World([Need(10, 5, 30, 2, slow=1), Need(10, 5, 3, 2)], kv=10, experts=10)
     first, second = world.needs
-    while first.phase is not phase:
+    there = {
+        "waiting": lambda: first.phase is Phase.WAITING,
+        "before": lambda: first.phase is Phase.PROMPT and first.tokens_done > 0,
+        "between": lambda: first.layers_done > FIRST_LAYER,
+        "decoding": lambda: first.phase is Phase.DECODING,
+    }[when]
+    while not there():
         world.step()
     first.finish("length")
     for _ in range(30):

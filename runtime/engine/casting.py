@@ -1,18 +1,18 @@
 """Casting: which mixture a sequence gets, and how it comes by its experts.
 
 It knows nothing of queues or tensors beyond the prompt's residual stream; the engine calls it on its own thread.
-Read first: `decide` runs once per sequence, when its prompt has passed the base-only layers. A pinned task is known
-earlier, so `pin` starts its loads while those layers run.
+Read first: a mixture is fixed once per sequence: at `begin` where the task is pinned, else at `decide`, when the prompt
+has passed the base-only layers. Then the whole visible set is reserved at once, and read layer by layer: the prompt
+enters a layer as soon as that layer's own experts are there.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import torch
 
-from runtime.engine.request import ExpertUse, Located, TaskScore
+from runtime.engine.located import located
 from runtime.engine.sequence import Phase, Sequence
 from runtime.errors import GreenroomError
 from runtime.memory.loader import Priority
@@ -25,12 +25,16 @@ class Casting:
 
     Args:
         memory: gives the experts.
+        first_layer: the first layer with experts.
+        num_layers: of the model.
 
-    `stall_s` sums the seconds in which sequences stood before the expert layers and waited.
+    `stall_s` sums the seconds in which prompts stood before a layer and waited for its experts.
     """
 
-    def __init__(self, memory: ExpertMemory) -> None:
+    def __init__(self, memory: ExpertMemory, *, first_layer: int, num_layers: int) -> None:
         self._memory = memory
+        self._first_layer = first_layer
+        self._num_layers = num_layers
         self.stall_s = 0.0
 
     def guess(self, sequence: Sequence, embedded: torch.Tensor) -> None:
@@ -46,39 +50,57 @@ class Casting:
             sequence.guessed_task = task
             sequence.guess = self._memory.prefetch(generation.visible_units(generation.mixtures[task]))
 
-    def pin(self, sequence: Sequence) -> None:
-        """Reserve the experts of a pinned task ahead of need; nothing happens for other requests."""
-        task = sequence.request.task
-        if task is not None:
-            sequence.mixture = sequence.generation.mixtures[task]
-            self._reserve(sequence, Priority.CONFIRMED)
+    def begin(self, sequence: Sequence) -> None:
+        """Fix the mixture of a sequence that has just left the queue, where its request names it."""
+        request = sequence.request
+        if not request.locate_only and (request.task is not None or request.base_only):
+            self._fix(sequence, request.task)
 
     def decide(self, sequence: Sequence) -> None:
-        """Fix the mixture of a sequence whose residual stream at the first expert layer is complete."""
+        """Fix the mixture of a sequence whose prompt has passed the base-only layers, and that has none yet."""
         request = sequence.request
-        sequence.phase = Phase.STAGING
-        sequence.staging_since = time.monotonic()
-        sequence.residual = [torch.cat(sequence.residual)]
-        if request.task is None and not request.base_only:
-            feature = pool(sequence.residual[0]).unsqueeze(0).cpu()
-            sequence.decision = sequence.generation.locator.locate(feature)[0]
-            if sequence.decision.task is not None:
-                sequence.mixture = sequence.generation.mixtures[sequence.decision.task]
-        if sequence.guess is not None and sequence.guessed_task != (sequence.mixture and sequence.mixture.task):
+        task = request.task
+        if task is None and not request.base_only:
+            assert sequence.residual is not None, "the residual stream is kept between two ranges"
+            sequence.decision = sequence.generation.locator.locate(pool(sequence.residual).unsqueeze(0).cpu())[0]
+            task = sequence.decision.task
+        if sequence.guess is not None and sequence.guessed_task != task:
             sequence.guess.cancel()
+        self._fix(sequence, task)
         if request.locate_only:
-            sequence.emit(self._located(sequence))
+            sequence.emit(located(sequence))
             sequence.finish("located")
-        else:
-            self.stage(sequence)
 
     def stage(self, sequence: Sequence) -> bool:
-        """Reserve the experts of a sequence in STAGING and go on if they are there; True once they are reserved."""
-        reserved = self._reserve(sequence, Priority.DEMAND)
-        if sequence.reservation is not None and not sequence.reservation.ready:
-            self._memory.hurry(sequence.reservation)
-        self.enter(sequence)
-        return reserved
+        """Reserve the experts of a sequence that awaits them; True once they are reserved, and are being read."""
+        assert sequence.mixture is not None, "only a mixture has experts"
+        units = sequence.generation.visible_units(sequence.mixture)
+        priority = Priority.DEMAND if sequence.layers_done >= self._first_layer else Priority.CONFIRMED
+        try:
+            sequence.reservation = self._memory.reserve(units, priority=priority)
+        except GreenroomError as error:
+            sequence.fail(error)
+        sequence.awaits_experts = sequence.reservation is None and sequence.phase is Phase.PROMPT
+        return sequence.reservation is not None
+
+    def layers_ready(self, sequence: Sequence) -> int:
+        """How many layers a prompt may pass by now: up to the first that lacks an expert of its visible set.
+
+        Where that is none at all, its reads overtake all that nobody waits for, and the time counts as a stall.
+        """
+        reservation = sequence.reservation
+        if not sequence.decided or sequence.awaits_experts:
+            ready = self._first_layer
+        else:
+            missing = reservation.next_missing_layer() if reservation is not None else None
+            ready = self._num_layers if missing is None else missing
+        now = time.monotonic()
+        if sequence.stalled_since is not None:
+            self.stall_s += now - sequence.stalled_since
+        elif ready <= sequence.layers_done and reservation is not None:
+            self._memory.hurry(reservation)
+        sequence.stalled_since = now if ready <= sequence.layers_done else None
+        return ready
 
     def missing_bytes(self, sequence: Sequence) -> int:
         """Bytes of the visible set that are not in memory."""
@@ -86,62 +108,13 @@ class Casting:
             return 0
         return self._memory.missing_bytes(sequence.generation.visible_units(sequence.mixture))
 
-    def enter(self, sequence: Sequence) -> None:
-        """Let a sequence in STAGING into the expert layers if its experts are loaded; fail it if they cannot be."""
-        if sequence.phase is not Phase.STAGING:
-            return
-        reservation = sequence.reservation
-        if reservation is not None and reservation.error is not None:
-            sequence.fail(reservation.error)
-        elif sequence.mixture is None or (reservation is not None and reservation.ready):
-            self.stall_s += time.monotonic() - sequence.staging_since if reservation is not None else 0.0
-            sequence.emit(self._located(sequence))
-            sequence.phase = Phase.MIXING
+    def check(self, sequence: Sequence) -> None:
+        """Fail a sequence whose experts cannot be loaded."""
+        if sequence.reservation is not None and sequence.reservation.error is not None:
+            sequence.fail(sequence.reservation.error)
 
-    def _reserve(self, sequence: Sequence, priority: Priority) -> bool:
-        if sequence.mixture is None or sequence.request.locate_only:
-            return True
-        if sequence.reservation is None:
-            try:
-                units = sequence.generation.visible_units(sequence.mixture)
-                sequence.reservation = self._memory.reserve(units, priority=priority)
-            except GreenroomError as error:
-                sequence.fail(error)
-        return sequence.reservation is not None
-
-    def _located(self, sequence: Sequence) -> Located:
-        decision = sequence.decision
-        return Located(
-            task=sequence.mixture.task if sequence.mixture else None,
-            how=_how(sequence),
-            margin=decision.margin if decision else 0.0,
-            scores=tuple(TaskScore(task, score) for task, score in decision.scores) if decision else (),
-            generation=sequence.generation.manifest.generation,
-            experts=self._uses(sequence),
-        )
-
-    def _uses(self, sequence: Sequence) -> tuple[ExpertUse, ...]:
-        reservation = sequence.reservation
-        if reservation is None:
-            return ()
-        uses = []
-        for digest in dict.fromkeys(digest for digest, _ in reservation.keys):
-            bytes_read = reservation.bytes_read(digest)
-            use = ExpertUse(
-                digest=digest,
-                task=sequence.generation.manifest.expert_set(digest).task,
-                num_layers=reservation.num_layers(digest),
-                source="disk" if bytes_read else "host",
-                bytes_read=bytes_read,
-                load_s=reservation.load_s if bytes_read else 0.0,
-            )
-            uses.append(use)
-        return tuple(uses)
-
-
-def _how(sequence: Sequence) -> Literal["located", "pinned", "abstained", "base"]:
-    if sequence.request.task is not None:
-        return "pinned"
-    if sequence.decision is None or not sequence.decision.scores:
-        return "base"
-    return "abstained" if sequence.decision.task is None else "located"
+    def _fix(self, sequence: Sequence, task: str | None) -> None:
+        sequence.decided = True
+        if task is not None:
+            sequence.mixture = sequence.generation.mixtures[task]
+            sequence.awaits_experts = not sequence.request.locate_only

@@ -21,12 +21,14 @@ from runtime.engine.casting import Casting
 from runtime.engine.generations import Generations
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel
+from runtime.engine.located import located
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Request
 from runtime.engine.runner import StepRunner
-from runtime.engine.scheduler import Scheduler, Step
+from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Phase, Sequence, Sink
 from runtime.engine.statistics import EngineStatistics
+from runtime.engine.step import Step
 from runtime.errors import (
     CancelledError,
     DeadlineError,
@@ -88,11 +90,13 @@ class Engine:
             device=model.device,
         )
         self._max_context = min(options.max_context, model.max_context)
-        self._runner = StepRunner(model, self._cache, first_layer=generation.manifest.first_layer)
-        self._casting = Casting(self.memory)
+        first_layer = generation.manifest.first_layer
+        self._runner = StepRunner(model, self._cache, first_layer=first_layer)
+        self._casting = Casting(self.memory, first_layer=first_layer, num_layers=len(model.layers))
         self._scheduler = Scheduler(
             acquire_slot=self._acquire_slot,
             stage=self._casting.stage,
+            layers_ready=self._casting.layers_ready,
             max_step_tokens=options.max_step_tokens,
             max_passes=options.max_passes,
             policy=options.policy,
@@ -290,7 +294,7 @@ class Engine:
             elif sequence.request.deadline is not None and sequence.request.deadline <= now:
                 sequence.fail(DeadlineError("the deadline passed before the answer was complete"))
             else:
-                self._casting.enter(sequence)
+                self._casting.check(sequence)
         self._scheduler.sweep()
         step = self._scheduler.schedule()
         if not step.empty:
@@ -304,18 +308,20 @@ class Engine:
         self._steps += 1
         self._tokens += len(results)
         for sequence, logits in results:
-            sequence.phase = Phase.DECODING
+            if sequence.phase is Phase.PROMPT:
+                sequence.emit(located(sequence))
+                sequence.phase = Phase.DECODING
             sequence.take(logits, self._eos_token_ids)
-        for sequence, _ in step.base:
-            if sequence.base_done == len(sequence.prompt):
-                self._casting.decide(sequence)
+        for part in step.prompts:
+            if not part.sequence.decided and part.sequence.layers_done == part.layers.stop:
+                self._casting.decide(part.sequence)
 
     def _acquire_slot(self, sequence: Sequence) -> bool:
         slot = self._cache.acquire(sequence.num_tokens)
         if slot is None:
             return False
         sequence.start(slot)
-        self._casting.pin(sequence)
+        self._casting.begin(sequence)
         return True
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -326,6 +332,7 @@ class Engine:
         with self._lock:
             del self._live[sequence.request.request_id]
             self._cancelled.discard(sequence.request.request_id)
+            self._awake = True  # what it held may be what others wait for
             self._lock.notify_all()
 
     def _fail_all(self, error: GreenroomError) -> None:

@@ -1,21 +1,38 @@
 """Runs one step's tokens through the model.
 
-It knows nothing of queues, events or loading; it gets a `Step`, and every mixing or decoding sequence has its experts.
-Read first: two passes. Below `first_layer` go the decoding tokens and the prompts in BASE; from there on the decoding
-tokens and the prompts in MIXING. So base-only layers never wait for experts.
+It knows nothing of queues, events or loading; it gets a `Step`, whose prompt parts enter only layers that are ready.
+Read first: decoding tokens go through all layers, each prompt part through its own range. The step is cut at the
+borders of these ranges; between two borders everything that is under way runs as one flat list of tokens.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from runtime.engine.attention import AttentionPlan, Segment
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel, MixtureRows
-from runtime.engine.scheduler import Step
 from runtime.engine.sequence import Sequence
-from runtime.engine.stage import Stage
+from runtime.engine.stage import LayerPacks, Stage
+from runtime.engine.step import PromptPart, Step
 from runtime.model.generation import Mixture
+
+
+@dataclass
+class _Flow:
+    """Tokens that go through `layers` together: all decoding ones (`part` is None), or one prompt part."""
+
+    layers: range
+    hidden: torch.Tensor  # [T, D]
+    sequences: tuple[Sequence, ...]  # T of them, or one for all
+    part: PromptPart | None
+
+    def owners(self) -> tuple[Sequence, ...]:
+        """The sequence of each token."""
+        return self.sequences if self.part is None else self.sequences * self.part.length
 
 
 class StepRunner:
@@ -30,77 +47,84 @@ class StepRunner:
     def __init__(self, model: LlamaModel, cache: KVCache, *, first_layer: int) -> None:
         self._model = model
         self._cache = cache
-        self._lower = range(first_layer)
-        self._upper = range(first_layer, len(model.layers))
-        self._stage = Stage([], dtype=model.dtype, device=model.device)
+        self._first_layer = first_layer
+        self._packs = LayerPacks(dtype=model.dtype, device=model.device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Sequence, torch.Tensor]]:
-        """Run a step; advances `base_done` and `mixed_done`, appends to `residual`.
+        """Run a step; advances the sequences of prompt parts and changes their `residual`.
 
         Returns:
             (sequence, logits [V] float32) of every decoding sequence and of every prompt that is now complete.
         """
-        decoding = [(_slot(sequence), sequence.position) for sequence in step.decode]
-        tokens = [sequence.output[-1] for sequence in step.decode]
-        segments = []
-        for sequence, length in step.base:
-            tokens += sequence.prompt[sequence.base_done : sequence.base_done + length]
-            segments.append(Segment(_slot(sequence), sequence.base_done, length))
-        hidden = self._model.embed(torch.tensor(tokens, dtype=torch.int64, device=self._model.device))
-        if tokens:
-            plan = AttentionPlan(decoding, segments, self._model.device)
-            self._model.run_layers(hidden, self._lower, plan, self._cache, None)
-        begin = len(decoding)
-        for sequence, length in step.base:
-            sequence.residual.append(hidden[begin : begin + length].clone())
-            sequence.base_done += length
-            begin += length
-        return self._run_upper(step, hidden[: len(decoding)], decoding)
+        flows = [self._decode_flow(step.decode)] if step.decode else []
+        flows += [self._prompt_flow(part) for part in step.prompts]
+        borders = sorted({border for flow in flows for border in (flow.layers.start, flow.layers.stop)})
+        for start, stop in pairwise(borders):
+            self._run_range(range(start, stop), [flow for flow in flows if start in flow.layers])
+        return self._finish(flows)
 
-    def _run_upper(
-        self, step: Step, decode_hidden: torch.Tensor, decoding: list[tuple[int, int]]
-    ) -> list[tuple[Sequence, torch.Tensor]]:
-        if not (step.decode or step.mixing):
-            return []
-        parts, segments = [decode_hidden], []
-        owners = list(step.decode)
-        ready = list(range(len(decoding)))
-        done = list(step.decode)
-        for sequence, length in step.mixing:
-            start = sequence.mixed_done
-            parts.append(sequence.residual[0][start : start + length])
-            segments.append(Segment(_slot(sequence), start, length))
-            owners += [sequence] * length
-            sequence.mixed_done += length
-            if sequence.mixed_done == len(sequence.prompt):
-                sequence.residual.clear()
-                ready.append(len(owners) - 1)
-                done.append(sequence)
-        hidden = torch.cat(parts)
-        stage = self._staged([*step.decode, *(sequence for sequence, _ in step.mixing)])
-        rows = torch.tensor([stage.row(sequence.mixture) for sequence in owners], device=self._model.device)
+    def _decode_flow(self, sequences: tuple[Sequence, ...]) -> _Flow:
+        hidden = self._embed([sequence.output[-1] for sequence in sequences])
+        return _Flow(range(len(self._model.layers)), hidden, sequences, None)
+
+    def _prompt_flow(self, part: PromptPart) -> _Flow:
+        sequence = part.sequence
+        if sequence.residual is None:
+            sequence.residual = self._embed(sequence.prompt)
+        return _Flow(part.layers, sequence.residual[part.start : part.start + part.length], (sequence,), part)
+
+    def _embed(self, tokens: list[int]) -> torch.Tensor:
+        return self._model.embed(torch.tensor(tokens, dtype=torch.int64, device=self._model.device))
+
+    def _run_range(self, layers: range, flows: list[_Flow]) -> None:
+        if not flows:
+            return
+        decoding = [(_slot(each), each.position) for flow in flows if flow.part is None for each in flow.sequences]
+        parts = [flow.part for flow in flows if flow.part is not None]
+        segments = [Segment(_slot(part.sequence), part.start, part.length) for part in parts]
+        hidden = torch.cat([flow.hidden for flow in flows]) if len(flows) > 1 else flows[0].hidden
+        mixtures = self._mixtures(flows) if layers.stop > self._first_layer else None
         plan = AttentionPlan(decoding, segments, self._model.device)
-        self._model.run_layers(hidden, self._upper, plan, self._cache, MixtureRows(stage, rows))
-        if not ready:
-            return []
-        return list(zip(done, self._model.logits(hidden[ready]), strict=True))
+        self._model.run_layers(hidden, layers, plan, self._cache, mixtures)
+        if len(flows) > 1:
+            begin = 0
+            for flow in flows:
+                flow.hidden = hidden[begin : begin + len(flow.hidden)]
+                begin += len(flow.hidden)
 
-    def _staged(self, sequences: list[Sequence]) -> Stage:
-        """The stage for exactly these sequences' mixtures; kept while the set stays the same."""
+    def _mixtures(self, flows: list[_Flow]) -> MixtureRows:
         needed: dict[str, tuple[Mixture, Sequence]] = {}
-        for sequence in sequences:
+        for sequence in (sequence for flow in flows for sequence in flow.sequences):
             if sequence.mixture is not None:
                 needed.setdefault(sequence.mixture.digest, (sequence.mixture, sequence))
-        if needed.keys() != self._stage.rows.keys():
-            # Ordered by task name, so that the same batch is packed alike in every generation that holds its tasks.
-            chosen = sorted(needed.values(), key=lambda pair: pair[0].task)
-            mixtures = []
-            for mixture, sequence in chosen:
-                assert sequence.reservation is not None, "a mixing sequence holds its experts"
-                mixtures.append((mixture, sequence.reservation.expert))
-            self._stage = Stage(mixtures, dtype=self._model.dtype, device=self._model.device)
-        return self._stage
+        mixtures = []
+        # Ordered by task name, so that the same batch is packed alike in every generation that holds its tasks.
+        for mixture, sequence in sorted(needed.values(), key=lambda pair: pair[0].task):
+            assert sequence.reservation is not None, "a sequence in the expert layers holds its experts"
+            mixtures.append((mixture, sequence.reservation.expert))
+        stage = Stage(mixtures, self._packs)
+        rows = [stage.row(sequence.mixture) for flow in flows for sequence in flow.owners()]
+        return MixtureRows(stage, torch.tensor(rows, device=self._model.device))
+
+    def _finish(self, flows: list[_Flow]) -> list[tuple[Sequence, torch.Tensor]]:
+        ended: list[tuple[Sequence, torch.Tensor]] = []
+        for flow in flows:
+            if flow.part is None:
+                ended += zip(flow.sequences, flow.hidden, strict=True)
+                continue
+            sequence, part = flow.part.sequence, flow.part
+            assert sequence.residual is not None, "a prompt under way has a residual stream"
+            done = sequence.advance(part.length)
+            if part.layers.stop < len(self._model.layers):
+                sequence.residual[part.start : part.start + part.length] = flow.hidden
+            elif done:
+                sequence.residual = None
+                ended.append((sequence, flow.hidden[-1]))
+        if not ended:
+            return []
+        logits = self._model.logits(torch.stack([hidden for _, hidden in ended]))
+        return [(sequence, row) for (sequence, _), row in zip(ended, logits, strict=True)]
 
 
 def _slot(sequence: Sequence) -> int:

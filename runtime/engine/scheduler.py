@@ -1,39 +1,20 @@
 """Which sequences do what in the next step; plain Python without tensors.
 
-It knows nothing of models. KV slots and expert reservations are acquired through two callables.
+It knows nothing of models. KV slots and expert reservations are acquired through callables.
 Read first: a sequence first gets KV for all tokens it may ever have, then experts for its whole visible set. One that
-holds both never waits again, and one that waits for experts holds none; so whatever runs can end, and no cycle of
-waiting can form. A request that does not fit is passed by later ones at most `max_passes` times; then all wait for it.
+holds both waits for nothing but reads from disk, and one that waits for experts holds none; so whatever runs can end,
+and no cycle of waiting can form. A request that does not fit is passed by later ones at most `max_passes` times; then
+all wait for it. A prompt runs through a range of layers at a time, up to the first layer whose experts are not there.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from runtime.engine.options import Policy
 from runtime.engine.sequence import Phase, Sequence
-
-
-@dataclass(frozen=True)
-class Step:
-    """The work of one step.
-
-    Args:
-        decode: sequences that get one more token.
-        base: (sequence, tokens) of prompts to run through the base-only layers.
-        mixing: (sequence, tokens) of prompts to run through the expert layers.
-    """
-
-    decode: tuple[Sequence, ...]
-    base: tuple[tuple[Sequence, int], ...]
-    mixing: tuple[tuple[Sequence, int], ...]
-
-    @property
-    def empty(self) -> bool:
-        """Nothing to run."""
-        return not (self.decode or self.base or self.mixing)
+from runtime.engine.step import PromptPart, Step
 
 
 class Scheduler:
@@ -41,7 +22,8 @@ class Scheduler:
 
     Args:
         acquire_slot: gives a sequence its KV slot and returns True, or returns False if it does not fit now.
-        stage: tries to reserve the experts of a sequence in STAGING; returns True once they are reserved.
+        stage: tries to reserve the experts of a sequence that awaits them; returns True once they are reserved.
+        layers_ready: how many layers a prompt may pass by now; its whole model once all its experts are there.
         max_step_tokens: prompt and decode tokens of one step, at most (decoding always goes first).
         max_passes: how often a waiting sequence may be passed by later ones; then it is starved, and all wait for it.
         policy: who is tried first: "fcfs" in order of arrival, "locality" whose experts lack the fewest bytes in
@@ -54,6 +36,7 @@ class Scheduler:
         *,
         acquire_slot: Callable[[Sequence], bool],
         stage: Callable[[Sequence], bool],
+        layers_ready: Callable[[Sequence], int],
         max_step_tokens: int,
         max_passes: int,
         policy: Policy = "fcfs",
@@ -61,6 +44,7 @@ class Scheduler:
     ) -> None:
         self._acquire_slot = acquire_slot
         self._stage = stage
+        self._layers_ready = layers_ready
         self._max_step_tokens = max_step_tokens
         self._max_passes = max_passes
         self._policy = policy
@@ -83,27 +67,24 @@ class Scheduler:
             self.waiting = deque(sequence for sequence in self.waiting if sequence.phase is not Phase.ENDED)
 
     def schedule(self) -> Step:
-        """Admit what fits, then fill the step: decoding first, then expert layers, then base layers of prompts."""
+        """Admit what fits, then fill the step: decoding first, then prompts, the one nearest to its end first."""
         self._admit(list(self.waiting), self._acquire_slot)
-        self.running += [sequence for sequence in self.waiting if sequence.phase is Phase.BASE]
+        self.running += [sequence for sequence in self.waiting if sequence.phase is Phase.PROMPT]
         self.waiting = deque(sequence for sequence in self.waiting if sequence.phase is Phase.WAITING)
-        self._admit([s for s in self.running if s.phase is Phase.STAGING and s.reservation is None], self._stage)
+        self._admit([sequence for sequence in self.running if sequence.awaits_experts], self._stage)
         decode = tuple(sequence for sequence in self.running if sequence.phase is Phase.DECODING)
-        left = max(1, self._max_step_tokens - len(decode))
-        mixing, left = self._fill(Phase.MIXING, lambda sequence: sequence.mixed_done, left)
-        base, _ = self._fill(Phase.BASE, lambda sequence: sequence.base_done, left)
-        return Step(decode, base, mixing)
+        return Step(decode, tuple(self._parts(max(1, self._max_step_tokens - len(decode)))))
 
-    def _fill(
-        self, phase: Phase, done: Callable[[Sequence], int], left: int
-    ) -> tuple[tuple[tuple[Sequence, int], ...], int]:
-        parts = []
-        for sequence in self.running:
-            if sequence.phase is phase and left > 0:
-                length = min(left, len(sequence.prompt) - done(sequence))
-                parts.append((sequence, length))
+    def _parts(self, left: int) -> Iterator[PromptPart]:
+        prompts = [sequence for sequence in self.running if sequence.phase is Phase.PROMPT]
+        for sequence in sorted(prompts, key=lambda sequence: -sequence.layers_done):
+            if not sequence.tokens_done:
+                sequence.range_end = self._layers_ready(sequence)
+            if left > 0 and sequence.range_end > sequence.layers_done:
+                length = min(left, len(sequence.prompt) - sequence.tokens_done)
+                layers = range(sequence.layers_done, sequence.range_end)
+                yield PromptPart(sequence, sequence.tokens_done, length, layers)
                 left -= length
-        return tuple(parts), left
 
     def _admit(self, candidates: list[Sequence], admit: Callable[[Sequence], bool]) -> None:
         """Try candidates, given in order of arrival; those that do not fit may be passed by, but not for ever.

@@ -1,8 +1,8 @@
 """A sequence: one request on its way through the engine.
 
 It knows nothing of how it is computed or scheduled; it only holds state and reports events.
-Read first: `phase` moves forward only, along WAITING, BASE, STAGING, MIXING, DECODING to ENDED, and may end anywhere.
-A slot and a reservation are given back in `end`, exactly once, whatever the reason.
+Read first: a prompt goes through ranges of layers, all of its tokens through one range before the next begins; between
+two ranges `residual` keeps its residual stream. A slot and a reservation are given back in `_end`, exactly once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Phase(Enum):
     """Where a sequence stands."""
 
     WAITING = auto()  # holds nothing
-    BASE = auto()  # holds KV; the prompt runs through the base-only layers
-    STAGING = auto()  # the mixture is known; its experts are awaited
-    MIXING = auto()  # the prompt runs through the expert layers
+    PROMPT = auto()  # holds KV; the prompt runs through the layers whose experts are there
     DECODING = auto()
     ENDED = auto()
 
@@ -50,6 +48,15 @@ class Sequence:
         max_tokens: new tokens at most, after clipping to the context.
         sink: gets the events.
         tokenizer: for the text.
+
+    Attributes:
+        layers_done: layers that the whole prompt has passed.
+        range_end: the layer before which the range ends that the prompt goes through now.
+        tokens_done: prompt tokens that have passed this range.
+        residual: [T, D] before `layers_done`, and for the tokens done before `range_end`; None before the first range.
+        decided: the mixture is fixed (None for the plain base model).
+        awaits_experts: the mixture is known, and its experts are to be reserved.
+        stalled_since: when the prompt came to stand before a layer whose experts are not there; None while it moves.
     """
 
     def __init__(
@@ -70,13 +77,16 @@ class Sequence:
         self.output: list[int] = []
         self.times_passed = 0
         self.slot: int | None = None
-        self.base_done = 0
-        self.mixed_done = 0
-        self.residual: list[torch.Tensor] = []
+        self.layers_done = 0
+        self.range_end = 0
+        self.tokens_done = 0
+        self.residual: torch.Tensor | None = None
         self.decision: Decision | None = None
         self.mixture: Mixture | None = None
         self.reservation: Reservation | None = None
-        self.staging_since = 0.0
+        self.decided = False
+        self.awaits_experts = False
+        self.stalled_since: float | None = None
         self.guess: Prefetch | None = None
         self.guessed_task: str | None = None
         self.on_end: Callable[[Sequence], None] = lambda _sequence: None
@@ -102,7 +112,15 @@ class Sequence:
         self.slot = slot
         self.times_passed = 0
         self._admitted = time.monotonic()
-        self.phase = Phase.BASE
+        self.phase = Phase.PROMPT
+
+    def advance(self, length: int) -> bool:
+        """`length` more prompt tokens have passed the range; True if that were the last of them."""
+        self.tokens_done += length
+        if self.tokens_done < len(self.prompt):
+            return False
+        self.layers_done, self.tokens_done = self.range_end, 0
+        return True
 
     def emit(self, event: Event) -> None:
         """Hand an event to the caller; a caller that cannot take it any more is logged and ignored."""
@@ -163,6 +181,6 @@ class Sequence:
             self.guess.cancel()
         if self.reservation is not None:
             self.reservation.release()
-        self.residual.clear()
+        self.residual = None
         self.on_end(self)
         self.emit(event)

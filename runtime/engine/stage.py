@@ -1,13 +1,14 @@
 """The stage: the experts and routers of all running mixtures, packed per layer for the step.
 
 It knows nothing of sequences or memory tiers; it is built from mixtures and their reserved experts.
-Read first: it is rebuilt only when the set of mixtures changes. An expert that several mixtures see is packed once;
-every mixture keeps its own router columns. Row 0 of `allowed` is the plain base model: it allows no column.
+Read first: a layer is packed when a step first enters it, and again only when the set of mixtures there has changed; so
+a stage can exist while experts of later layers are still being read. An expert that several mixtures see is packed
+once; every mixture keeps its own router columns. Row 0 of `allowed` is the plain base model: it allows no column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,23 +43,67 @@ class StagedLayer:
         return top_k_weights(x.float() @ self.router.t(), self.allowed[rows], k, k_max)
 
 
-class Stage:
-    """Mixtures that are running, packed.
+class LayerPacks:
+    """The newest pack of every layer, kept from step to step.
 
     Args:
-        mixtures: distinct mixtures, each with the way to its reserved experts.
         dtype: of the packed experts.
         device: where they live.
     """
 
-    def __init__(
-        self, mixtures: Sequence[tuple[Mixture, FetchExpert]], *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        self._dtype = dtype
+        self._packs: dict[int, tuple[tuple[str, ...], StagedLayer]] = {}
+
+    def pack(self, layer: int, mixtures: Sequence[tuple[Mixture, FetchExpert]]) -> StagedLayer:
+        """The mixtures' experts in this layer, packed in this order; all of them must be in memory."""
+        names = tuple(mixture.digest for mixture, _ in mixtures)
+        held = self._packs.get(layer)
+        if held is not None and held[0] == names:
+            return held[1]
+        self._packs.pop(layer, None)  # before the next is made: never two of a layer
+        made = _stage_layer(layer, mixtures, self._dtype, self.device)
+        self._packs[layer] = (names, made)
+        return made
+
+
+class _Layers(Mapping[int, StagedLayer]):
+    """Layer -> its pack, made when asked for."""
+
+    def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: LayerPacks) -> None:
+        self._mixtures = mixtures
+        self._packs = packs
+        self._keys = frozenset(layer for mixture, _ in mixtures for layer in mixture.routers)
+
+    def __getitem__(self, layer: int) -> StagedLayer:
+        if layer not in self._keys:
+            raise KeyError(layer)
+        return self._packs.pack(layer, self._mixtures)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._keys))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class Stage:
+    """Mixtures that are running in a range of layers.
+
+    Args:
+        mixtures: distinct mixtures, each with the way to its reserved experts.
+        packs: keeps what is packed.
+
+    `layers` maps a layer to its pack, which is made when it is first asked for.
+    """
+
+    def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: LayerPacks) -> None:
         self.rows = {mixture.digest: 1 + i for i, (mixture, _) in enumerate(mixtures)}
-        self.top_k = torch.tensor([1, *(mixture.top_k for mixture, _ in mixtures)], device=device)
-        self.k_max = int(self.top_k.max())
-        layers = sorted({layer for mixture, _ in mixtures for layer in mixture.routers})
-        self.layers = {layer: _stage_layer(layer, mixtures, dtype, device) for layer in layers}
+        top_k = [1, *(mixture.top_k for mixture, _ in mixtures)]
+        self.top_k = torch.tensor(top_k, device=packs.device)
+        self.k_max = max(top_k)
+        self.layers: Mapping[int, StagedLayer] = _Layers(mixtures, packs)
 
     def row(self, mixture: Mixture | None) -> int:
         """The row of `allowed` for a mixture, 0 for the plain base model."""

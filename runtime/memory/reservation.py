@@ -49,9 +49,11 @@ class Reservation:
         return self._experts[digest, layer]
 
     def next_missing_layer(self) -> int | None:
-        """The lowest layer of which a unit is not in memory yet; None once all are."""
-        missing = [layer for digest, layer in self.keys if (digest, layer) not in self._experts]
-        return min(missing) if missing else None
+        """The lowest layer of which a unit is not in memory yet; None once the reservation is ready."""
+        if self.ready:
+            return None
+        missing = (layer for digest, layer in self.keys if (digest, layer) not in self._experts)
+        return min(missing, default=max(layer for _, layer in self.keys))
 
     def bytes_read(self, digest: str) -> int:
         """Bytes of this expert set that came from disk for this reservation, guessed before it or while it waited."""

@@ -1,0 +1,52 @@
+"""What a sequence tells of its mixture: the task, how it was found, and where the experts came from.
+
+It knows nothing of how they are chosen or loaded.
+Read first: what was read for this sequence is known only when its reservation is complete.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from runtime.engine.request import ExpertUse, Located, TaskScore
+from runtime.engine.sequence import Sequence
+
+
+def located(sequence: Sequence) -> Located:
+    """Which task a sequence is of, how that was found out, and where its experts came from."""
+    decision = sequence.decision
+    return Located(
+        task=sequence.mixture.task if sequence.mixture else None,
+        how=_how(sequence),
+        margin=decision.margin if decision else 0.0,
+        scores=tuple(TaskScore(task, score) for task, score in decision.scores) if decision else (),
+        generation=sequence.generation.manifest.generation,
+        experts=_uses(sequence),
+    )
+
+
+def _uses(sequence: Sequence) -> tuple[ExpertUse, ...]:
+    reservation = sequence.reservation
+    if reservation is None:
+        return ()
+    uses = []
+    for digest in dict.fromkeys(digest for digest, _ in reservation.keys):
+        bytes_read = reservation.bytes_read(digest)
+        use = ExpertUse(
+            digest=digest,
+            task=sequence.generation.manifest.expert_set(digest).task,
+            num_layers=reservation.num_layers(digest),
+            source="disk" if bytes_read else "host",
+            bytes_read=bytes_read,
+            load_s=reservation.load_s if bytes_read else 0.0,
+        )
+        uses.append(use)
+    return tuple(uses)
+
+
+def _how(sequence: Sequence) -> Literal["located", "pinned", "abstained", "base"]:
+    if sequence.request.task is not None:
+        return "pinned"
+    if sequence.decision is None or not sequence.decision.scores:
+        return "base"
+    return "abstained" if sequence.decision.task is None else "located"
