@@ -4,6 +4,7 @@ It knows nothing of models, and importing it imports no torch.
 Read first: `Client("host:port").generate("text")` is the whole of it; everything else is an option.
 """
 
+from greenroom.channel import Tls
 from greenroom.client import AsyncClient, Client
 from greenroom.client_errors import (
     AbortedError,
@@ -58,6 +59,7 @@ __all__ = [
     "Routing",
     "StreamEvent",
     "TaskScore",
+    "Tls",
     "UnauthenticatedError",
     "UnavailableError",
     "Usage",

@@ -10,15 +10,12 @@ Read first: nothing is sent before the first event of a stream is asked for, and
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import grpc
-import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from greenroom import wire
+from greenroom.channel import DEFAULT_TIMEOUT_S, CallSettings, Tls, open_aio_channel, open_channel
 from greenroom.client_errors import DeadlineExceededError, NotFoundError, UnavailableError, translated
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
 from greenroom.pb.greenroom.v1 import greenroom_pb2_grpc
@@ -29,28 +26,11 @@ if TYPE_CHECKING:
 
     from greenroom.results import Answer, Description, Routing, StreamEvent
 
-DEFAULT_TIMEOUT_S = 300.0
 HEALTH_TIMEOUT_S = 5.0
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 SERVICE_NAME = "greenroom.v1.Greenroom"
 
-_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
 _HEALTH_REQUEST = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
 _NOT_SERVING = (UnavailableError, DeadlineExceededError, NotFoundError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _CallSettings:
-    """What every call of one client carries."""
-
-    timeout_s: float
-    token: str | None = field(repr=False)
-
-    def arguments(self, timeout_s: float | None) -> dict[str, Any]:
-        """Keyword arguments of one call; `timeout_s` overrides the client's own, infinity waits for ever."""
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
-        metadata = (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
-        return {"timeout": None if math.isinf(limit_s) else limit_s, "metadata": metadata}
 
 
 def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
@@ -64,11 +44,14 @@ class Client:
         target: "host:port" of a server.
         timeout_s: seconds for each call, unless the call says otherwise; infinity waits for ever.
         token: bearer token, sent with every call.
+        tls: talk over TLS with these certificates; None talks in the clear.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, token: str | None = None) -> None:
-        self._settings = _CallSettings(timeout_s=timeout_s, token=token)
-        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    def __init__(
+        self, target: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, token: str | None = None, tls: Tls | None = None
+    ) -> None:
+        self._settings = CallSettings(timeout_s=timeout_s, token=token)
+        self._channel = open_channel(target, tls)
         self._stub: Any = greenroom_pb2_grpc.GreenroomStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -138,9 +121,11 @@ class Client:
 class AsyncClient:
     """The same client for asyncio; make it inside a running loop; an async context manager; arguments as `Client`."""
 
-    def __init__(self, target: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, token: str | None = None) -> None:
-        self._settings = _CallSettings(timeout_s=timeout_s, token=token)
-        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    def __init__(
+        self, target: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, token: str | None = None, tls: Tls | None = None
+    ) -> None:
+        self._settings = CallSettings(timeout_s=timeout_s, token=token)
+        self._channel = open_aio_channel(target, tls)
         self._stub: Any = greenroom_pb2_grpc.GreenroomStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 

@@ -23,7 +23,10 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |- GenerationMismatchError        somebody else published first
     |- ExhaustedError
     |  |- QueueFullError
+    |  |- QuotaError                  a tenant has used up what it may have for now
     |  `- BudgetError                 a byte budget that can never hold what is asked
+    |- UnauthenticatedError           no token, or one that nobody gave out
+    |- PermissionDeniedError          a token whose scope or tenant does not cover the call
     |- UnavailableError               starting or draining
     |- DeadlineError
     |- CancelledError
@@ -171,10 +174,37 @@ class QueueFullError(ExhaustedError):
     reason = "QUEUE_FULL"
 
 
+class QuotaError(ExhaustedError):
+    """A tenant has used up what it may have for now.
+
+    Args:
+        message: which limit.
+        retry_after_s: seconds after which trying again can help.
+    """
+
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class BudgetError(ExhaustedError):
     """A byte budget that could not hold the request even if it were empty."""
 
     reason = "BUDGET_TOO_SMALL"
+
+
+class UnauthenticatedError(GreenroomError):
+    """The call carries no token, or one that nobody gave out."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(GreenroomError):
+    """The token is known, but its scope or tenant does not cover the call."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class UnavailableError(GreenroomError):

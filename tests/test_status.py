@@ -26,6 +26,9 @@ TABLE = [
     (errors.ExhaustedError("x"), Code.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     (errors.QueueFullError("x"), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (errors.BudgetError("x"), Code.RESOURCE_EXHAUSTED, "BUDGET_TOO_SMALL"),
+    (errors.QuotaError("x", retry_after_s=2.5), Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    (errors.UnauthenticatedError("x"), Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (errors.PermissionDeniedError("x"), Code.PERMISSION_DENIED, "PERMISSION_DENIED"),
     (errors.UnavailableError("x"), Code.UNAVAILABLE, "UNAVAILABLE"),
     (errors.DeadlineError("x"), Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (errors.CancelledError("x"), Code.CANCELLED, "CANCELLED"),
@@ -73,6 +76,7 @@ def test_an_invalid_field_is_named() -> None:
 
 def test_only_what_may_fit_later_says_when_to_try_again() -> None:
     assert details(errors.QueueFullError("x"))["RetryInfo"].retry_delay.ToMilliseconds() == 1000
+    assert details(errors.QuotaError("x", retry_after_s=2.5))["RetryInfo"].retry_delay.ToMilliseconds() == 2500
     assert "RetryInfo" not in details(errors.BudgetError("x"))
 
 

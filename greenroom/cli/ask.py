@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from greenroom.channel import DEFAULT_TIMEOUT_S
 from greenroom.cli.answer_view import Outcome, print_json, print_outcome, print_summary
 from greenroom.cli.error_line import exit_code
-from greenroom.client import DEFAULT_TIMEOUT_S, AsyncClient
+from greenroom.client import AsyncClient
 from greenroom.client_errors import GreenroomClientError
 from greenroom.results import Answer, Delta, StreamEvent
 from greenroom.wire import GenerateOptions, answer

@@ -115,6 +115,7 @@ class Casting:
 
     def _fix(self, sequence: Sequence, task: str | None) -> None:
         sequence.decided = True
+        sequence.decided_at = time.monotonic()
         if task is not None:
             sequence.mixture = sequence.generation.mixtures[task]
             sequence.awaits_experts = not sequence.request.locate_only

@@ -154,13 +154,19 @@ class TokenDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Counts and times of one request; times are seconds since it was submitted."""
+    """Counts and times of one request; times are seconds since it was submitted, 0 for what it did not come to.
+
+    `queue_s` is when it left the queue, `located_s` when its mixture was decided; `load_s` is how long its experts
+    then took, while the prompt ran through the layers whose experts were there.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     queue_s: float
     first_token_s: float
     total_s: float
+    located_s: float = 0.0
+    load_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +186,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a request that could not be answered."""
+    """The last event of a request that could not be answered, and what it used until then where that is known."""
 
     error: GreenroomError
+    usage: Usage | None = None
 
 
 Event = Located | TokenDelta | Finished | Failed

@@ -85,6 +85,7 @@ class Sequence:
         self.mixture: Mixture | None = None
         self.reservation: Reservation | None = None
         self.decided = False
+        self.decided_at = 0.0
         self.awaits_experts = False
         self.stalled_since: float | None = None
         self.guess: Prefetch | None = None
@@ -158,20 +159,26 @@ class Sequence:
 
     def finish(self, reason: Literal["stop", "length", "located"]) -> None:
         """End with an answer."""
-        now = time.monotonic()
-        usage = Usage(
-            prompt_tokens=len(self.prompt),
-            completion_tokens=len(self.output),
-            queue_s=self._admitted - self._submitted,
-            first_token_s=self._first_token - self._submitted if self.output else 0.0,
-            total_s=now - self._submitted,
-        )
         logits = torch.stack(self._logits).numpy().tobytes() if self._logits else b""
-        self._end(Finished(reason=reason, usage=usage, logits=logits))
+        self._end(Finished(reason=reason, usage=self._usage(), logits=logits))
 
     def fail(self, error: GreenroomError) -> None:
         """End without an answer."""
-        self._end(Failed(error))
+        self._end(Failed(error, self._usage()))
+
+    def _usage(self) -> Usage:
+        def since(moment: float) -> float:
+            return max(0.0, moment - self._submitted)
+
+        return Usage(
+            prompt_tokens=len(self.prompt),
+            completion_tokens=len(self.output),
+            queue_s=since(self._admitted),
+            first_token_s=since(self._first_token) if self.output else 0.0,
+            total_s=since(time.monotonic()),
+            located_s=since(self.decided_at),
+            load_s=self.reservation.load_s if self.reservation is not None else 0.0,
+        )
 
     def _end(self, event: Event) -> None:
         if self.phase is Phase.ENDED:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc.aio
@@ -18,8 +21,11 @@ from grpc_reflection.v1alpha import reflection
 from greenroom.pb.greenroom.v1 import greenroom_pb2, greenroom_pb2_grpc
 from runtime.errors import InvalidInputError, UnavailableError
 from runtime.service.answers import Answers
-from runtime.service.interceptors import CallScope
+from runtime.service.ends import told
+from runtime.service.guard import Guard
+from runtime.service.interceptors import LayeredCalls
 from runtime.service.servicer import GreenroomServicer
+from runtime.service.tls import TlsFiles
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
@@ -39,6 +45,14 @@ class State(enum.Enum):
     STOPPED = "stopped"
 
 
+@dataclass(frozen=True)
+class Service:
+    """A gRPC service to serve beside our own: its full name, and what registers its servicer."""
+
+    name: str
+    add_to: Callable[[grpc.aio.Server], None]
+
+
 class Server:
     """Serves one engine.
 
@@ -50,6 +64,9 @@ class Server:
         max_message_bytes: largest message in either direction.
         max_calls: calls in flight; more are refused with RESOURCE_EXHAUSTED.
         num_submit_threads: requests tokenised at the same time.
+        tls: certificate and key; None serves in the clear.
+        guard: who may call, how much, and who is told; by default everybody, except for administration.
+        services: served beside our own; each is told of requests by the same guard.
     """
 
     def __init__(
@@ -62,6 +79,9 @@ class Server:
         max_message_bytes: int = 64 * 1024 * 1024,
         max_calls: int = 1024,
         num_submit_threads: int = 4,
+        tls: TlsFiles | None = None,
+        guard: Guard | None = None,
+        services: Sequence[Service] = (),
     ) -> None:
         self._engine = engine
         self._host = host
@@ -69,7 +89,11 @@ class Server:
         self._grace_s = grace_s
         self._max_message_bytes = max_message_bytes
         self._max_calls = max_calls
-        self._answers = Answers(engine, num_threads=num_submit_threads)
+        self._tls = tls
+        self._guard = guard or Guard()
+        self._services = tuple(services)
+        self._names = (SERVICE_NAME, *(service.name for service in self._services))
+        self.answers = Answers(engine, num_threads=num_submit_threads, teller=partial(told, self._guard))
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -87,19 +111,25 @@ class Server:
         """
         assert self.state is State.NEW, "a server starts once"
         self._server = grpc.aio.server(
-            interceptors=(CallScope(),),
+            interceptors=(LayeredCalls(self._guard.layers()),),
             options=self._options(),
             maximum_concurrent_rpcs=self._max_calls,
         )
-        servicer = GreenroomServicer(self._engine, self._answers)
+        servicer = GreenroomServicer(self._engine, self.answers)
         greenroom_pb2_grpc.add_GreenroomServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        for service in self._services:
+            service.add_to(self._server)
+        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         address = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        credentials = self._tls.credentials() if self._tls is not None else None
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise InvalidInputError("port", address, "cannot be bound; in use, or not an address of ours") from error
         await self._server.start()
@@ -141,11 +171,11 @@ class Server:
             if self._starting.exception() is None:
                 await asyncio.to_thread(self._engine.drain, max(0.0, end_s - flush_s - time.monotonic()))
             await self._server.stop(flush_s)
-        self._answers.close()
+        self.answers.close()
         self.state = State.STOPPED
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", SERVICE_NAME):
+        for name in ("", *self._names):
             await self._health.set(name, status)
 
     def _options(self) -> tuple[tuple[str, int], ...]:

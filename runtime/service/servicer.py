@@ -1,20 +1,20 @@
 """The calls of `greenroom.v1.Greenroom`: convert, ask the engine, convert back.
 
-It knows nothing of statuses and request ids (see `runtime.service.interceptors`) or life-cycles (see its `server`).
+It knows nothing of statuses and request ids (see `runtime.service.guard`) or life-cycles (see its `server`).
 Read first: a handler never computes; it raises the engine's errors as they are.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
 from greenroom.pb.greenroom.v1 import greenroom_pb2_grpc
 from runtime.engine.request import Located
-from runtime.errors import DeadlineError, InvalidInputError
+from runtime.errors import InvalidInputError
 from runtime.service import convert
+from runtime.service.call import CALL
 from runtime.service.request_id import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class GreenroomServicer(greenroom_pb2_grpc.GreenroomServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # noqa: N802, ANN401
         """Write one routing, then deltas, then one done."""
         request_id = REQUEST_ID.get()
-        wanted = convert.generate_request(request, request_id=request_id, deadline=_deadline(context))
+        wanted = convert.generate_request(request, request_id=request_id, deadline=CALL.get().deadline)
         try:
             async with self._answers.open(wanted) as events:
                 async for event in events:
@@ -45,10 +45,10 @@ class GreenroomServicer(greenroom_pb2_grpc.GreenroomServicer):
         except InvalidInputError as error:
             raise convert.on_the_wire(error, request) from error
 
-    async def Locate(self, request: pb.LocateRequest, context: Any) -> pb.LocateResponse:  # noqa: N802, ANN401
+    async def Locate(self, request: pb.LocateRequest, context: Any) -> pb.LocateResponse:  # noqa: N802, ANN401, ARG002
         """Return the routing of a prompt."""
         request_id = REQUEST_ID.get()
-        wanted = convert.locate_request(request, request_id=request_id, deadline=_deadline(context))
+        wanted = convert.locate_request(request, request_id=request_id, deadline=CALL.get().deadline)
         located: Located | None = None
         try:
             async with self._answers.open(wanted) as events:
@@ -65,17 +65,3 @@ class GreenroomServicer(greenroom_pb2_grpc.GreenroomServicer):
         convert.reject_unknown(request)
         base = self._engine.generation.manifest.base
         return convert.description(base.name, base.digest, await asyncio.to_thread(self._engine.statistics))
-
-
-def _deadline(context: Any) -> float | None:  # noqa: ANN401 - the stubs give no None
-    """The call's deadline on the clock of `time.monotonic()`.
-
-    Raises:
-        DeadlineError: it has passed.
-    """
-    remaining_s = context.time_remaining()
-    if remaining_s is None:
-        return None
-    if remaining_s <= 0:
-        raise DeadlineError("the deadline passed before the request arrived")
-    return time.monotonic() + float(remaining_s)

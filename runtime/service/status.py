@@ -7,6 +7,7 @@ table is a bug, and the client is told nothing but that. Texts that may name fil
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -58,6 +59,8 @@ RULES: Mapping[type[BaseException], Rule] = MappingProxyType(
         errors.ExhaustedError: Rule(code=grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=RETRY_AFTER_S),
         # What cannot fit into an empty budget will not fit later.
         errors.BudgetError: Rule(code=grpc.StatusCode.RESOURCE_EXHAUSTED),
+        errors.UnauthenticatedError: Rule(code=grpc.StatusCode.UNAUTHENTICATED),
+        errors.PermissionDeniedError: Rule(code=grpc.StatusCode.PERMISSION_DENIED),
         errors.UnavailableError: Rule(code=grpc.StatusCode.UNAVAILABLE),
         errors.DeadlineError: Rule(code=grpc.StatusCode.DEADLINE_EXCEEDED),
         errors.CancelledError: Rule(code=grpc.StatusCode.CANCELLED),
@@ -84,9 +87,10 @@ def rich_status(error: BaseException, request_id: str) -> status_pb2.Status:
     if isinstance(error, errors.InvalidInputError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if rule.retry_after_s is not None:
+    retry_after_s = error.retry_after_s if isinstance(error, errors.QuotaError) else rule.retry_after_s
+    if retry_after_s is not None:
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(rule.retry_after_s * 1000))
+        delay.FromMilliseconds(math.ceil(retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     status = status_pb2.Status(code=rule.code.value[0], message=(rule.text or str(error))[:MAX_TEXT])
     for detail in details:
