@@ -7,6 +7,7 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |- InvalidInputError              a field of a request or option has a value we cannot take
     |- NotFoundError
     |  |- UnknownTaskError
+    |  |- UnknownModelError
     |  `- UnknownBaseError
     |- RepertoireError                what lies on disk is not what it says it is
     |  |- NotARepertoireError         no HEAD, or no such generation
@@ -76,6 +77,12 @@ class UnknownTaskError(NotFoundError):
     """A task name that the current generation does not hold."""
 
     reason = "UNKNOWN_TASK"
+
+
+class UnknownModelError(NotFoundError):
+    """A model, as clients of foreign protocols name it, that is not served, or not in this version."""
+
+    reason = "UNKNOWN_MODEL"
 
 
 class UnknownBaseError(NotFoundError):

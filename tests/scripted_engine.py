@@ -63,7 +63,9 @@ class ScriptedEngine:
 
     def __init__(self, refusals: dict[str, Exception] | None = None) -> None:
         self.refusals = refusals or {}
-        self.generation = SimpleNamespace(manifest=SimpleNamespace(base=SimpleNamespace(name="tiny", digest=DIGEST)))
+        base = SimpleNamespace(name="tiny", digest=DIGEST)
+        manifest = SimpleNamespace(base=base, generation=3, task_names=lambda: ("dates", "orders"))
+        self.generation = SimpleNamespace(manifest=manifest)
         self.may_start = threading.Event()
         self.may_start.set()
         self.may_submit = threading.Event()

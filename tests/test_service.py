@@ -285,6 +285,7 @@ def test_reflection_lists_the_services(serving: Serving) -> None:
         (reply,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
     assert {service.name for service in reply.list_services_response.service} == {
         "greenroom.v1.Greenroom",
+        "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

@@ -10,18 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-PROTO = "greenroom/pb/greenroom/v1/greenroom.proto"
-GENERATED = ("greenroom_pb2.py", "greenroom_pb2.pyi", "greenroom_pb2_grpc.py")
+PROTOS = sorted(path.relative_to(ROOT / "protos").as_posix() for path in (ROOT / "protos").rglob("*.proto"))
+GENERATED = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
 
-def test_generating_the_stubs_again_gives_the_committed_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proto", PROTOS)
+def test_generating_the_stubs_again_gives_the_committed_bytes(tmp_path: Path, proto: str) -> None:
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python", "pyi")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", "-Igreenroom/pb=protos", *outputs, PROTO]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-Igreenroom/pb=protos", *outputs, f"greenroom/pb/{proto}"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
-    folder = Path(PROTO).parent
-    for name in GENERATED:
-        assert (ROOT / folder / name).read_bytes() == (tmp_path / folder / name).read_bytes(), name
+    for ending in GENERATED:
+        stub = Path("greenroom/pb", proto.removesuffix(".proto") + ending)
+        assert (ROOT / stub).read_bytes() == (tmp_path / stub).read_bytes(), stub
 
 
 def test_every_proto_file_has_committed_stubs() -> None:

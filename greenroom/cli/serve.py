@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from greenroom.cli import engine_flags as flags
+from runtime.service.models import DEFAULT_NAME
 
 
 def serve(
@@ -22,6 +23,9 @@ def serve(
     base: flags.BaseFlag = None,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0 takes a free one.")] = 50051,
+    name: Annotated[
+        str, typer.Option(help="What OpenAI and Triton clients call the repertoire: model NAME or NAME:TASK.")
+    ] = DEFAULT_NAME,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,
@@ -67,7 +71,9 @@ def serve(
     if follow:
         follower.start()
     try:
-        asyncio.run(serve_until_signal(Server(engine, host=host, port=port, grace_s=grace), on_ready=on_ready))
+        asyncio.run(
+            serve_until_signal(Server(engine, host=host, port=port, grace_s=grace, name=name), on_ready=on_ready)
+        )
     finally:
         follower.close()
         engine.close()

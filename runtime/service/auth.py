@@ -1,6 +1,6 @@
 """The layer that asks who calls and whether they may.
 
-It knows nothing of what calls do, only which service needs which scope.
+It knows nothing of what calls do, only which of them need which scope.
 Read first: without configured tokens everybody may infer and nobody may administer.
 """
 
@@ -13,6 +13,8 @@ from runtime.service.call import ANONYMOUS, Call, Inner, Principal
 from runtime.service.tokens import Tokens
 
 ADMIN_SERVICE = "greenroom.v1.Admin"
+ADMIN_CALLS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
+"""Calls of other services that administer: they change what is served to everybody."""
 
 
 class Auth:
@@ -31,7 +33,8 @@ class Auth:
         Raises:
             UnauthenticatedError, PermissionDeniedError.
         """
-        scope = "admin" if call.method.service == ADMIN_SERVICE else "infer"
+        administers = call.method.service == ADMIN_SERVICE or call.method.name in ADMIN_CALLS
+        scope = "admin" if administers else "infer"
         call.principal = self.principal(call.metadata.get("authorization"), scope=scope)
         check_tenant(call.principal, getattr(call.message, "tenant", ""))
         return await inner(call)

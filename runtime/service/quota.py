@@ -76,11 +76,13 @@ class Quotas:
         self._accounts = {limits.name: TenantAccount(limits, clock) for limits in tenants}
 
     async def __call__(self, call: Call, inner: Inner) -> Any:  # noqa: ANN401 - whatever the call returns
-        """Count the call for its tenant and go on.
+        """Count the call for its tenant and go on; a call that streams requests counts each of them itself.
 
         Raises:
             QuotaError.
         """
+        if call.method.kind in {"client_stream", "bidi_stream"}:
+            return await inner(call)
         with self.enter(call.principal) as call.account:
             return await inner(call)
 

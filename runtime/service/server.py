@@ -24,6 +24,8 @@ from runtime.service.answers import Answers
 from runtime.service.ends import told
 from runtime.service.guard import Guard
 from runtime.service.interceptors import LayeredCalls
+from runtime.service.models import DEFAULT_NAME, Models
+from runtime.service.oip_servicer import INFERENCE_NAME, InferenceServicer
 from runtime.service.servicer import GreenroomServicer
 from runtime.service.tls import TlsFiles
 
@@ -67,6 +69,7 @@ class Server:
         tls: certificate and key; None serves in the clear.
         guard: who may call, how much, and who is told; by default everybody, except for administration.
         services: served beside our own; each is told of requests by the same guard.
+        name: what clients of foreign protocols call the repertoire.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Server:
         tls: TlsFiles | None = None,
         guard: Guard | None = None,
         services: Sequence[Service] = (),
+        name: str = DEFAULT_NAME,
     ) -> None:
         self._engine = engine
         self._host = host
@@ -92,8 +96,9 @@ class Server:
         self._tls = tls
         self._guard = guard or Guard()
         self._services = tuple(services)
-        self._names = (SERVICE_NAME, *(service.name for service in self._services))
+        self._names = (SERVICE_NAME, INFERENCE_NAME, *(service.name for service in self._services))
         self.answers = Answers(engine, num_threads=num_submit_threads, teller=partial(told, self._guard))
+        self.models = Models(engine, self.answers, name=name, is_ready=self._is_ready)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -117,6 +122,7 @@ class Server:
         )
         servicer = GreenroomServicer(self._engine, self.answers)
         greenroom_pb2_grpc.add_GreenroomServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        InferenceServicer(self.answers, self.models, self._guard.quotas).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for service in self._services:
             service.add_to(self._server)
@@ -173,6 +179,9 @@ class Server:
             await self._server.stop(flush_s)
         self.answers.close()
         self.state = State.STOPPED
+
+    def _is_ready(self) -> bool:
+        return self.state is State.READY
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", *self._names):

@@ -1,0 +1,1 @@
+"""Stubs of the package `inference`, the Open Inference Protocol v2."""
