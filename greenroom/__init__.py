@@ -22,7 +22,9 @@ from greenroom.client_errors import (
     UnavailableError,
 )
 from greenroom.results import (
+    Alternative,
     Answer,
+    Choice,
     Delta,
     Description,
     Done,
@@ -32,14 +34,17 @@ from greenroom.results import (
     Routing,
     StreamEvent,
     TaskScore,
+    TokenLogprob,
     Usage,
 )
 
 __all__ = [
     "AbortedError",
+    "Alternative",
     "Answer",
     "AsyncClient",
     "CancelledError",
+    "Choice",
     "Client",
     "DeadlineExceededError",
     "Delta",
@@ -60,6 +65,7 @@ __all__ = [
     "StreamEvent",
     "TaskScore",
     "Tls",
+    "TokenLogprob",
     "UnauthenticatedError",
     "UnavailableError",
     "Usage",

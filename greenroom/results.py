@@ -68,11 +68,33 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """One token at one place: its id, its text alone, and the natural logarithm of its probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The token of the answer and the likeliest ones, best first; before penalties, constraints and temperature."""
+
+    chosen: Alternative
+    top: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True)
 class Delta:
-    """A piece of the answer and the tokens behind it; the text may be empty."""
+    """A piece of one answer and the tokens behind it; the text may be empty.
+
+    `choice` counts the `n` answers from 0; `logprobs` has one entry per token where they were asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +116,53 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """The end of an answer: "stop" (end token or stop string) or "length" (max_tokens or context)."""
+    """The end of an answer: "stop" (end token, stop string, constraint fulfilled) or "length" (max_tokens or context).
+
+    `other_finish_reasons` are those of the choices after the first.
+    """
 
     finish_reason: FinishReason
     usage: Usage
     request_id: str
+    other_finish_reasons: tuple[FinishReason, ...] = ()
 
 
 StreamEvent = Routing | Delta | Done
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A whole answer; fields as in `Routing`, `Delta` and `Done`."""
+class Choice:
+    """One of the `n` answers of a prompt; fields as in `Delta` and `Done`."""
 
     text: str
     token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A whole answer; fields as in `Routing`, `Delta` and `Done`; text, tokens and reason are the first choice's."""
+
+    choices: tuple[Choice, ...]
     routing: Routing
     usage: Usage
-    finish_reason: FinishReason
     request_id: str
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the first choice."""
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Of the first choice."""
+        return self.choices[0].finish_reason
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Read first: an option that is left out is left out on the wire too, so the serve
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import grpc
@@ -15,7 +16,7 @@ from greenroom.client_errors import FieldViolation, InternalError, InvalidReques
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 Word = TypeVar("Word")
 
@@ -33,7 +34,10 @@ class GenerateOptions(TypedDict, total=False):
     """Options of `generate` and `stream`; what is left out is the server's default.
 
     task: pin this task; base_only: the plain base model; raw: the text is the whole prompt, without template.
-    max_tokens, temperature (0 is greedy), top_p, top_k (0 is all), seed, stop (strings), ignore_eos: sampling.
+    max_tokens, temperature (0 is greedy), top_p, top_k (0 is all), min_p, repetition_penalty, presence_penalty,
+    frequency_penalty, seed, stop (strings), ignore_eos: sampling.
+    n: so many answers, see `Answer.choices`; logprobs: with log-probabilities and so many alternatives.
+    json_schema (a schema as text or as a mapping), regex: what the answer may be; one of them.
     request_id: names the request, [A-Za-z0-9._:-]{1,128}; the server makes one otherwise.
     """
 
@@ -45,6 +49,14 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     seed: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    n: int | None
+    logprobs: int | None
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
     stop: Sequence[str]
     ignore_eos: bool
     request_id: str
@@ -70,8 +82,13 @@ def generate_request(text: str, options: GenerateOptions) -> pb.GenerateRequest:
     _assign(message, "task", options.get("task"))
     _assign(message, "base_only", options.get("base_only") or None)
     sampling = pb.Sampling()
-    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos"):
-        _assign(sampling, name, options.get(name), path=f"sampling.{name}")
+    if options.get("json_schema") is not None and options.get("regex") is not None:
+        raise _refused("sampling.regex", "excludes json_schema")
+    for name in pb.Sampling.DESCRIPTOR.fields_by_name:
+        value = options.get(name)
+        if name == "json_schema" and value is not None and not isinstance(value, str):
+            value = _as_json(value)
+        _assign(sampling, name, value, path=f"sampling.{name}")
     if sampling.ListFields():
         message.sampling.CopyFrom(sampling)
     return message
@@ -95,13 +112,18 @@ def event(message: pb.GenerateResponse) -> results.StreamEvent:
         case "routing":
             return routing(message.routing)
         case "delta":
-            return results.Delta(message.delta.text, tuple(message.delta.token_ids))
+            delta = message.delta
+            logprobs = tuple(_token_logprob(item) for item in delta.logprobs)
+            return results.Delta(delta.text, tuple(delta.token_ids), delta.choice, logprobs)
         case "done":
             done = message.done
             return results.Done(
                 finish_reason=_known(_FINISH, done.finish_reason, "finish_reason"),
                 usage=_usage(done.usage),
                 request_id=done.request_id,
+                other_finish_reasons=tuple(
+                    _known(_FINISH, reason, "other_finish_reasons") for reason in done.other_finish_reasons
+                ),
             )
     raise _incomprehensible("an event of unknown kind")
 
@@ -124,14 +146,11 @@ def answer(events: Iterable[results.StreamEvent]) -> results.Answer:
             deltas.append(item)
     if first is None or last is None:
         raise _incomprehensible("a stream that ended early")
-    return results.Answer(
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        routing=first,
-        usage=last.usage,
-        finish_reason=last.finish_reason,
-        request_id=last.request_id,
+    reasons = (last.finish_reason, *last.other_finish_reasons)
+    choices = tuple(
+        _choice([delta for delta in deltas if delta.choice == number], reason) for number, reason in enumerate(reasons)
     )
+    return results.Answer(choices=choices, routing=first, usage=last.usage, request_id=last.request_id)
 
 
 def routing(message: pb.Routing) -> results.Routing:
@@ -189,6 +208,30 @@ def description(message: pb.DescribeResponse) -> results.Description:
             stall_s=engine.stall_seconds,
         ),
     )
+
+
+def _choice(deltas: Sequence[results.Delta], reason: results.FinishReason) -> results.Choice:
+    return results.Choice(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        finish_reason=reason,
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+    )
+
+
+def _token_logprob(message: pb.TokenLogprob) -> results.TokenLogprob:
+    return results.TokenLogprob(_alternative(message.chosen), tuple(_alternative(item) for item in message.top))
+
+
+def _alternative(message: pb.Alternative) -> results.Alternative:
+    return results.Alternative(message.token_id, message.text, message.logprob)
+
+
+def _as_json(schema: object) -> str:
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise _refused("sampling.json_schema", f"is not JSON: {error}") from error
 
 
 def _usage(message: pb.Usage) -> results.Usage:

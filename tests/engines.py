@@ -69,6 +69,14 @@ class Answer:
     def text(self) -> str:
         return "".join(event.text for event in self.events if isinstance(event, TokenDelta))
 
+    def choice_tokens(self, choice: int) -> list[int]:
+        deltas = [event for event in self.events if isinstance(event, TokenDelta) and event.choice == choice]
+        return [token for delta in deltas for token in delta.token_ids]
+
+    def choice_text(self, choice: int) -> str:
+        deltas = [event for event in self.events if isinstance(event, TokenDelta) and event.choice == choice]
+        return "".join(delta.text for delta in deltas)
+
     def logits(self, vocab_size: int) -> torch.Tensor:
         return torch.from_numpy(np.frombuffer(self.finished.logits, dtype=np.float32).copy()).view(-1, vocab_size)
 

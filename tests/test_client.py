@@ -136,6 +136,8 @@ def test_raw_text_is_a_raw_prompt() -> None:
         ("sampling.stop", {"stop": "END"}),
         ("sampling.stop", {"stop": [3]}),
         ("sampling.temperature", {"temperature": "hot"}),
+        ("sampling.regex", {"regex": "a", "json_schema": "{}"}),
+        ("sampling.json_schema", {"json_schema": {"type": {1, 2}}}),
     ],
 )
 def test_what_the_wire_cannot_carry_is_refused_by_its_field(field: str, options: wire.GenerateOptions) -> None:
@@ -159,6 +161,17 @@ def test_an_answer_joins_all_deltas_in_order() -> None:
     answer = wire.answer([ROUTING, Delta("", (1,)), Delta("ab", (2, 3)), Delta("c", ()), DONE])
     assert (answer.text, answer.token_ids, answer.finish_reason) == ("abc", (1, 2, 3), "length")
     assert (answer.routing, answer.usage, answer.request_id) == (ROUTING, USAGE, "r")
+
+
+def test_choices_that_come_interleaved_are_told_apart() -> None:
+    first, second = (greenroom.TokenLogprob(greenroom.Alternative(token, "x", -0.5), ()) for token in (1, 2))
+    deltas = [Delta("a", (1,), 0, (first,)), Delta("b", (2,), 1, (second,)), Delta("c", (3,), 0)]
+    done = Done(finish_reason="stop", usage=USAGE, request_id="r", other_finish_reasons=("length",))
+    answer = wire.answer([ROUTING, *deltas, done])
+    assert answer.choices == (
+        greenroom.Choice(text="ac", token_ids=(1, 3), finish_reason="stop", logprobs=(first,)),
+        greenroom.Choice(text="b", token_ids=(2,), finish_reason="length", logprobs=(second,)),
+    )
 
 
 @pytest.mark.parametrize("events", [[], [ROUTING], [DONE], [ROUTING, Delta("a", (1,))]])

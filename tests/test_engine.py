@@ -273,7 +273,7 @@ def test_an_answer_ends_at_a_stop_string_and_does_not_show_it(three_tasks: Works
 def test_the_end_token_ends_an_answer(three_tasks: Workshop, make_engine: MakeEngine) -> None:
     engine = make_engine(three_tasks)
     tokens = ask(engine, "x", task="red", max_tokens=30).wait().tokens
-    engine._eos_token_ids = (tokens[4],)
+    engine._speaking._eos_token_ids = (tokens[4],)
     ended = ask(engine, "x", task="red", max_tokens=30, sampling={"ignore_eos": False}).wait()
     assert ended.tokens == tokens[: tokens.index(tokens[4]) + 1]
     assert ended.finished.reason == "stop"

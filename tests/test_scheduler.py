@@ -39,6 +39,8 @@ class Need:
 class Held:
     """Stands in for a reservation: knows when it was made."""
 
+    load_s = 0.0
+
     def __init__(self, made: int) -> None:
         self.made = made
 

@@ -103,6 +103,12 @@ def test_every_option_reaches_the_engine(client: Client, engine: ScriptedEngine)
         top_p=0.9,
         top_k=0,
         seed=0,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        n=1,
+        logprobs=0,
         stop=["\n", "END"],
         ignore_eos=True,
         request_id="r1",
@@ -115,9 +121,29 @@ def test_every_option_reaches_the_engine(client: Client, engine: ScriptedEngine)
         raw=True,
         task="dates",
         sampling=SamplingParams(
-            max_tokens=5, temperature=0.7, top_p=0.9, top_k=0, seed=0, stop=("\n", "END"), ignore_eos=True
+            max_tokens=5,
+            temperature=0.7,
+            top_p=0.9,
+            top_k=0,
+            seed=0,
+            min_p=0.25,
+            repetition_penalty=1.5,
+            presence_penalty=-0.5,
+            frequency_penalty=0.5,
+            n=1,
+            logprobs=0,
+            stop=("\n", "END"),
+            ignore_eos=True,
         ),
     )
+
+
+def test_constraints_reach_the_engine(client: Client, engine: ScriptedEngine) -> None:
+    client.generate("text", regex="[a-z]+")
+    client.generate("text", json_schema={"type": "string"})
+    client.generate("text", json_schema='{"type": "string"}')
+    assert [request.sampling.regex for request in engine.requests] == ["[a-z]+", None, None]
+    assert [request.sampling.json_schema for request in engine.requests] == [None, *['{"type": "string"}'] * 2]
 
 
 def test_options_left_out_are_the_engines_defaults(client: Client, engine: ScriptedEngine) -> None:
@@ -157,6 +183,16 @@ BAD_OPTIONS = [
     ("sampling.top_p", {"top_p": 1.5}),
     ("sampling.top_k", {"top_k": -1}),
     ("sampling.seed", {"seed": -1}),
+    ("sampling.min_p", {"min_p": 1.5}),
+    ("sampling.repetition_penalty", {"repetition_penalty": 0.0}),
+    ("sampling.presence_penalty", {"presence_penalty": 2.5}),
+    ("sampling.frequency_penalty", {"frequency_penalty": -2.5}),
+    ("sampling.n", {"n": 0}),
+    ("sampling.n", {"n": 17}),
+    ("sampling.logprobs", {"logprobs": 21}),
+    ("sampling.json_schema", {"json_schema": ""}),
+    ("sampling.json_schema", {"json_schema": "{}", "ignore_eos": True}),
+    ("sampling.regex", {"regex": "x" * 5000}),
     ("sampling.stop", {"stop": [""]}),
     ("sampling.stop", {"stop": ["x"] * 9}),
 ]

@@ -7,6 +7,7 @@ Read first: the engine's fixture checks for leaks when the test ends.
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -51,6 +52,44 @@ def test_answers_over_the_wire_are_the_engines_own(client: Client, engine: Engin
         assert (remote.routing.task, remote.routing.how, remote.finish_reason) == (task, "located", "length")
         assert remote.usage.completion_tokens == 6
         assert remote.routing.experts
+
+
+def test_all_choices_come_over_the_wire_with_their_log_probabilities(client: Client, engine: Engine) -> None:
+    options = {"temperature": 1.5, "seed": 3, "n": 3, "logprobs": 2}
+    remote = client.generate("hello", max_tokens=6, ignore_eos=True, **options)  # type: ignore[arg-type]
+    local = ask(engine, "hello", max_tokens=6, keep_logits=False, sampling=options).wait()
+    assert [choice.text for choice in remote.choices] == [local.choice_text(number) for number in range(3)]
+    assert len({choice.token_ids for choice in remote.choices}) > 1
+    assert remote.usage.completion_tokens == 18
+    for choice in remote.choices:
+        assert choice.finish_reason == "length"
+        assert [item.chosen.token_id for item in choice.logprobs] == list(choice.token_ids)
+        assert all(len(item.top) == 2 and item.top[0].logprob >= item.chosen.logprob for item in choice.logprobs)
+    assert (remote.text, remote.token_ids) == (remote.choices[0].text, remote.choices[0].token_ids)
+
+
+def test_an_answer_over_the_wire_follows_its_constraint(client: Client) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    answer = client.generate("hello", max_tokens=60, json_schema={**schema, "additionalProperties": False})
+    assert isinstance(json.loads(answer.text)["ok"], bool)
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("sampling.json_schema", {"json_schema": {"type": "strin"}}),
+        ("sampling.regex", {"regex": "("}),
+        ("sampling.n", {"n": 16}),
+    ],
+)
+def test_what_only_the_engine_can_refuse_is_refused_by_its_field(
+    three_tasks: Workshop, make_engine: Callable[..., Engine], field: str, options: dict[str, object]
+) -> None:
+    with Serving(make_engine(three_tasks, start=False, max_running=4)) as server, Client(server.target) as client:
+        with pytest.raises(greenroom.InvalidRequestError) as caught:
+            client.generate("x", **options)  # type: ignore[arg-type]
+        assert [violation.field for violation in caught.value.field_violations] == [field]
 
 
 def test_many_prompts_at_once_each_find_their_task(serving: Serving, prototypes: dict[str, str]) -> None:

@@ -28,13 +28,17 @@ def print_outcome(prompt: str, outcome: Outcome) -> None:
         return
     console = Console(highlight=False)
     console.print(Text(f"> {prompt}", style="dim"))
-    console.print(Text(outcome.text))
+    for number, choice in enumerate(outcome.choices):
+        if len(outcome.choices) > 1:
+            console.print(Text(f"[{number}]", style="dim"))
+        console.print(Text(choice.text))
 
 
 def print_json(prompt: str, outcome: Outcome) -> None:
-    """One JSON object in one line: `prompt`, and either the fields of `Answer` or `error`."""
+    """One JSON object in one line: `prompt`, and either what `Answer` holds or `error`."""
     if isinstance(outcome, Answer):
-        fields = asdict(outcome)
+        first = {name: getattr(outcome, name) for name in ("text", "token_ids", "finish_reason")}
+        fields = first | asdict(outcome)
         fields["usage"]["tokens_per_s"] = outcome.usage.tokens_per_s
     else:
         error = {"code": outcome.code.name, "reason": outcome.reason, "message": outcome.message}

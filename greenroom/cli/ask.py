@@ -8,6 +8,7 @@ the other answers.
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,20 @@ def ask(
     raw: Annotated[bool, typer.Option("--raw", help="Prompts are whole prompts; no template.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="New tokens at most. By default: the server's.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. By default: the server's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Smallest set of tokens whose probabilities reach it.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="So many likeliest tokens; 0 is all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Tokens at least this fraction as likely as the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Against tokens there were; 1 is off.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Against tokens of the answer, once.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Against tokens of the answer, each time.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
+    n: Annotated[int | None, typer.Option(help="Answers to each prompt. By default: one.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Log-probabilities, so many alternatives; see --json.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that answers follow.", exists=True, dir_okay=False)
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that answers match.")] = None,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="Print as tokens come. By default: if one prompt, without --json."),
@@ -42,17 +56,29 @@ def ask(
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for each prompt.")] = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Ask a running server."""
-    if stream and (as_json or len(prompts) > 1):
-        raise InvalidInputError("stream", stream, "takes a single prompt, and no --json")
+    single = len(prompts) == 1 and n in {None, 1} and not as_json
+    if stream and not single:
+        raise InvalidInputError("stream", stream, "takes a single prompt and one answer, and no --json")
     options: GenerateOptions = {
         "task": task,
         "base_only": base_only,
         "raw": raw,
         "max_tokens": max_tokens,
         "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "seed": seed,
+        "stop": stop or (),
+        "n": n,
+        "logprobs": logprobs,
+        "json_schema": json_schema.read_text() if json_schema else None,
+        "regex": regex,
     }
-    streaming = len(prompts) == 1 and not as_json if stream is None else stream
+    streaming = single if stream is None else stream
     show = print_json if as_json else print_outcome
     outcomes = asyncio.run(_ask_all(server, timeout, prompts, options, None if streaming else show))
     answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]

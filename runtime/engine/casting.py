@@ -102,6 +102,13 @@ class Casting:
         sequence.stalled_since = now if ready <= sequence.layers_done else None
         return ready
 
+    def share(self, leader: Sequence, choice: Sequence) -> None:
+        """Give another answer to the prompt of `leader`, which is complete, the same mixture."""
+        choice.decision, choice.mixture, choice.decided = leader.decision, leader.mixture, True
+        if choice.mixture is not None:
+            shared = self.stage(choice)
+            assert shared or choice.phase is Phase.ENDED, "what the leader holds can be reserved again"
+
     def missing_bytes(self, sequence: Sequence) -> int:
         """Bytes of the visible set that are not in memory."""
         if sequence.mixture is None:

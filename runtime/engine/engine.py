@@ -17,16 +17,18 @@ from functools import partial
 import torch
 import transformers
 
+from runtime.engine.arrival import Arrival
 from runtime.engine.casting import Casting
 from runtime.engine.generations import Generations
+from runtime.engine.grammar import Grammars
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel
-from runtime.engine.located import located
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Request
 from runtime.engine.runner import StepRunner
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Phase, Sequence, Sink
+from runtime.engine.speaking import Speaking
 from runtime.engine.statistics import EngineStatistics
 from runtime.engine.step import Step
 from runtime.errors import (
@@ -78,8 +80,6 @@ class Engine:
             num_loaders=options.num_loaders,
             on_change=self._wake,
         )
-        self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
         self._options = options
         self._model = model
         self._cache = KVCache(
@@ -89,10 +89,16 @@ class Engine:
             dtype=model.dtype,
             device=model.device,
         )
-        self._max_context = min(options.max_context, model.max_context)
         first_layer = generation.manifest.first_layer
         self._runner = StepRunner(model, self._cache, first_layer=first_layer)
         self._casting = Casting(self.memory, first_layer=first_layer, num_layers=len(model.layers))
+        self._arrival = Arrival(
+            tokenizer,
+            self._cache,
+            Grammars(tokenizer, vocab_size=generation.manifest.base.vocab_size, eos_token_ids=eos_token_ids),
+            max_context=min(options.max_context, model.max_context),
+            max_choices=options.max_running,
+        )
         self._scheduler = Scheduler(
             acquire_slot=self._acquire_slot,
             stage=self._casting.stage,
@@ -102,6 +108,7 @@ class Engine:
             policy=options.policy,
             missing_bytes=self._casting.missing_bytes,
         )
+        self._speaking = Speaking(self._cache, self._casting, eos_token_ids=eos_token_ids, join=self._scheduler.join)
         self._lock = threading.Condition()  # guards everything below, and is notified when any of it changes
         self._inbox: deque[Sequence] = deque()
         self._cancelled: set[str] = set()
@@ -154,7 +161,9 @@ class Engine:
         generation = self._generations.enter()
         sequence: Sequence | None = None
         try:
-            sequence = self._prepare(request, generation, sink)
+            sequence = self._arrival.sequence(request, generation, sink)
+            for choice in sequence.choices:
+                choice.on_end = self._give_back
             if self._options.prefetch:
                 ids = torch.tensor(sequence.prompt, device=self._model.device)
                 self._casting.guess(sequence, self._model.embed(ids))
@@ -165,31 +174,6 @@ class Engine:
             self._generations.leave(generation)
             raise
         self._wake()
-
-    def _prepare(self, request: Request, generation: Generation, sink: Sink) -> Sequence:
-        if request.task is not None:
-            generation.mixture(request.task)
-        prompt = generation.template.encode(self._tokenizer, request.text, raw=request.raw)
-        if not prompt:
-            raise InvalidInputError("input", request.text, "the prompt has no tokens")
-        room = self._max_context - len(prompt)
-        if room < 1:
-            raise InvalidInputError(
-                "input", request.text, f"{len(prompt)} prompt tokens; the context of {self._max_context} must leave one"
-            )
-        sequence = Sequence(
-            request,
-            prompt,
-            generation=generation,
-            max_tokens=min(request.sampling.max_tokens, room),
-            sink=sink,
-            tokenizer=self._tokenizer.backend_tokenizer,
-        )
-        sequence.on_end = self._give_back
-        self._cache.check_fits(sequence.num_tokens)
-        if request.deadline is not None and request.deadline <= time.monotonic():
-            raise DeadlineError("the deadline has passed before the request could start")
-        return sequence
 
     def _check_accepting(self) -> None:
         if self._refusing is not None:
@@ -217,7 +201,7 @@ class Engine:
         """A snapshot."""
         manifest = self.generation.manifest
         with self._lock:
-            running = len(self._scheduler.running)
+            running = sum(sequence.phase is not Phase.ENDED for sequence in tuple(self._scheduler.running))
             return EngineStatistics(
                 generation=manifest.generation,
                 generations=self._generations.numbers(),
@@ -304,23 +288,16 @@ class Engine:
             self._wake()
 
     def _run(self, step: Step) -> None:
-        results = self._runner.run(step)
+        done, logits = self._runner.run(step)
         self._steps += 1
-        self._tokens += len(results)
-        for sequence, logits in results:
-            if sequence.phase is Phase.PROMPT:
-                sequence.emit(located(sequence))
-                sequence.phase = Phase.DECODING
-            sequence.take(logits, self._eos_token_ids)
+        self._tokens += self._speaking.speak(done, logits)
         for part in step.prompts:
             if not part.sequence.decided and part.sequence.layers_done == part.layers.stop:
                 self._casting.decide(part.sequence)
 
     def _acquire_slot(self, sequence: Sequence) -> bool:
-        slot = self._cache.acquire(sequence.num_tokens)
-        if slot is None:
+        if not self._speaking.acquire_slots(sequence):
             return False
-        sequence.start(slot)
         self._casting.begin(sequence)
         return True
 
@@ -328,6 +305,8 @@ class Engine:
         if sequence.slot is not None:
             self._cache.release(sequence.slot)
             sequence.slot = None
+        if any(choice.phase is not Phase.ENDED for choice in sequence.choices):
+            return
         self._generations.leave(sequence.generation)
         with self._lock:
             del self._live[sequence.request.request_id]

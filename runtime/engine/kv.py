@@ -82,6 +82,11 @@ class KVCache:
         self.reserved_bytes += needed
         return slot
 
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy keys and values of the first `num_tokens` of one held slot to another."""
+        for tensor in (self.keys, self.values):
+            tensor[:, target, :, :num_tokens] = tensor[:, source, :, :num_tokens]
+
     def release(self, slot: int) -> None:
         """Give a slot back."""
         self.reserved_bytes -= self._held.pop(slot)

@@ -16,49 +16,96 @@ from runtime.errors import GreenroomError, InvalidInputError
 MAX_STOP_STRINGS = 8
 MAX_STOP_LENGTH = 256
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_SCHEMA_CHARS = 65_536
+MAX_REGEX_CHARS = 4_096
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen and when a sequence ends.
+    """How the next token is chosen and when an answer ends.
+
+    Logits go through these steps in this order: repetition penalty, presence and frequency penalty, the constraint,
+    temperature, top-k, top-p, min-p, and then a draw, or with temperature 0 the largest.
 
     Args:
-        max_tokens: new tokens at most, >= 1.
+        max_tokens: new tokens of each choice at most, >= 1.
         temperature: 0 is greedy; otherwise logits are divided by it; 0..10.
         top_p: smallest set of tokens whose probabilities reach it, 0 < top_p <= 1; 1 keeps all.
         top_k: the k likeliest tokens, 0 keeps all.
-        seed: makes sampling repeatable for this request; None draws a fresh one.
+        min_p: tokens at least this fraction as likely as the likeliest, 0..1; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the answer so
+            far, 0 < penalty <= 10; 1 changes nothing (CTRL, arXiv 1909.05858).
+        presence_penalty: subtracted once from the logits of tokens in the answer so far, -2..2.
+        frequency_penalty: subtracted as often as a token is in the answer so far, -2..2.
+        seed: makes sampling repeatable for this request; choice i draws with seed + i; None draws a fresh one.
+        n: answers of one prompt, which runs through the model once; 1..16.
+        logprobs: report the chosen tokens' log-probabilities and this many alternatives, 0..20; None reports nothing.
+        json_schema: the answer is JSON of this schema, itself JSON.
+        regex: the answer matches this regular expression from its beginning to its end; excludes `json_schema`.
         stop: strings that end the answer; they are not part of it.
         ignore_eos: go on after the model's end token, for measurements.
 
     Raises:
-        InvalidInputError: a value out of range.
+        InvalidInputError: a value out of range, or two that exclude each other.
     """
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise InvalidInputError("max_tokens", self.max_tokens, "must be at least 1")
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 10.0):
-            raise InvalidInputError("temperature", self.temperature, "must be between 0 and 10")
         if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise InvalidInputError("top_p", self.top_p, "must be above 0 and at most 1")
+        if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 10.0):
+            raise InvalidInputError("repetition_penalty", self.repetition_penalty, "must be above 0 and at most 10")
         if self.top_k < 0:
             raise InvalidInputError("top_k", self.top_k, "must be 0 (all) or positive")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise InvalidInputError("seed", self.seed, f"must be between 0 and {MAX_SEED}")
+        self._check_between("temperature", 0, 10)
+        self._check_between("min_p", 0, 1)
+        self._check_between("presence_penalty", -2, 2)
+        self._check_between("frequency_penalty", -2, 2)
+        self._check_between("seed", 0, MAX_SEED)
+        self._check_between("n", 1, MAX_CHOICES)
+        self._check_between("logprobs", 0, MAX_TOP_LOGPROBS)
+        self._check_texts()
+
+    def _check_between(self, field: str, low: int, high: int) -> None:
+        value = getattr(self, field)
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            raise InvalidInputError(field, value, f"must be between {low} and {high}")
+
+    def _check_texts(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidInputError("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} stop strings")
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise InvalidInputError("stop", text, f"a stop string has 1 to {MAX_STOP_LENGTH} characters")
+        for name, limit in (("json_schema", MAX_SCHEMA_CHARS), ("regex", MAX_REGEX_CHARS)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not 0 < len(value) <= limit:
+                raise InvalidInputError(name, value, f"must have 1 to {limit} characters")
+            if self.ignore_eos:
+                raise InvalidInputError(name, value, "says where the answer ends, which excludes ignore_eos")
+        if self.json_schema is not None and self.regex is not None:
+            raise InvalidInputError("regex", self.regex, "excludes json_schema")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +139,8 @@ class Request:
             raise InvalidInputError("text", self.text, "must not be empty")
         if self.base_only and self.task is not None:
             raise InvalidInputError("task", self.task, "cannot be pinned together with base_only")
+        if self.keep_logits and self.sampling.n > 1:
+            raise InvalidInputError("keep_logits", self.keep_logits, "is for requests with a single choice")
 
 
 @dataclass(frozen=True)
@@ -145,16 +194,41 @@ class Located:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """One token at one place of an answer: its id, its text alone, and the natural logarithm of its probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The token that was chosen and the likeliest ones, best first, by the model's own distribution.
+
+    That is the softmax of the logits before any penalty, constraint or temperature.
+    """
+
+    chosen: Alternative
+    top: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True)
 class TokenDelta:
-    """New text and the tokens behind it; the text may lag while bytes of one character are incomplete."""
+    """New text of one choice and the tokens behind it; text may lag while bytes of one character are incomplete.
+
+    `logprobs` has one entry per token where they were asked for, else none.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Counts and times of one request; times are seconds since it was submitted, 0 for what it did not come to.
+    """Counts of one request, over all its choices, and seconds since it was submitted, 0 for what it did not come to.
 
     `queue_s` is when it left the queue, `located_s` when its mixture was decided; `load_s` is how long its experts
     then took, while the prompt ran through the layers whose experts were there.
@@ -169,18 +243,24 @@ class Usage:
     load_s: float = 0.0
 
 
+FinishReason = Literal["stop", "length", "located"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finished:
     """The last event of a request that was answered.
 
     Args:
-        reason: "stop" (end token or stop string), "length" (max_tokens or context), "located" (locate_only).
+        reason: of the first choice: "stop" (end token, stop string, or the constraint is fulfilled), "length"
+            (max_tokens or context), "located" (locate_only).
+        other_reasons: of the choices after the first.
         usage: counts and times.
         logits: bytes of float32 [tokens, vocabulary] where `keep_logits` was set, else empty.
     """
 
-    reason: Literal["stop", "length", "located"]
+    reason: FinishReason
     usage: Usage
+    other_reasons: tuple[FinishReason, ...] = ()
     logits: bytes = b""
 
 

@@ -51,11 +51,11 @@ class StepRunner:
         self._packs = LayerPacks(dtype=model.dtype, device=model.device)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[tuple[Sequence, torch.Tensor]]:
+    def run(self, step: Step) -> tuple[list[Sequence], torch.Tensor]:
         """Run a step; advances the sequences of prompt parts and changes their `residual`.
 
         Returns:
-            (sequence, logits [V] float32) of every decoding sequence and of every prompt that is now complete.
+            every decoding sequence and every prompt that is now complete, B of them, and their logits [B, V] float32.
         """
         flows = [self._decode_flow(step.decode)] if step.decode else []
         flows += [self._prompt_flow(part) for part in step.prompts]
@@ -107,7 +107,7 @@ class StepRunner:
         rows = [stage.row(sequence.mixture) for flow in flows for sequence in flow.owners()]
         return MixtureRows(stage, torch.tensor(rows, device=self._model.device))
 
-    def _finish(self, flows: list[_Flow]) -> list[tuple[Sequence, torch.Tensor]]:
+    def _finish(self, flows: list[_Flow]) -> tuple[list[Sequence], torch.Tensor]:
         ended: list[tuple[Sequence, torch.Tensor]] = []
         for flow in flows:
             if flow.part is None:
@@ -122,9 +122,9 @@ class StepRunner:
                 sequence.residual = None
                 ended.append((sequence, flow.hidden[-1]))
         if not ended:
-            return []
+            return [], self._model.embedding[:0]
         logits = self._model.logits(torch.stack([hidden for _, hidden in ended]))
-        return [(sequence, row) for (sequence, _), row in zip(ended, logits, strict=True)]
+        return [sequence for sequence, _ in ended], logits
 
 
 def _slot(sequence: Sequence) -> int:

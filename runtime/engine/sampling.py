@@ -1,40 +1,120 @@
 """Choosing the next token of each sequence from its logits.
 
 It knows nothing of sequences' other state; `transformers` gives the logits processors.
-Read first: every request draws from its own generator, so what it gets does not depend on what else is in the batch.
+Read first: every answer draws from its own generator, so what it gets does not depend on what else is in the batch.
+Greedy answers without options, the usual case, take one argmax over the whole batch.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from tokenizers import Tokenizer
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from runtime.engine.request import SamplingParams
+from runtime.engine.logprobs import token_logprob
+from runtime.engine.matcher import Matcher
+from runtime.engine.penalties import Penalties
+from runtime.engine.request import MAX_SEED, SamplingParams, TokenLogprob
+from runtime.errors import GreenroomError
+
+Warper = Callable[[None, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token.
+
+    Args:
+        token: its id.
+        logprob: how likely it and others were, where that was asked for.
+        complete: the constraint is fulfilled and allows nothing more.
+    """
+
+    token: int
+    logprob: TokenLogprob | None = None
+    complete: bool = False
 
 
 class Sampler:
-    """Draws tokens for one request: greedy at temperature 0, else from the warped distribution."""
+    """Chooses the tokens of one answer.
 
-    def __init__(self, params: SamplingParams) -> None:
+    Args:
+        params: how.
+        prompt: token ids.
+        tokenizer: for the texts of log-probabilities.
+        choice: number of the answer among those of one prompt.
+        matcher: what the answer may be, if that is constrained; for this answer alone.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        *,
+        tokenizer: Tokenizer,
+        choice: int = 0,
+        matcher: Matcher | None = None,
+    ) -> None:
         self._greedy = params.temperature == 0
-        self._warpers: list[TemperatureLogitsWarper | TopKLogitsWarper | TopPLogitsWarper] = []
-        if self._greedy:
-            return
-        self._generator = torch.Generator().manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
-        if params.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(params.temperature))
-        if params.top_k:
-            self._warpers.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(params.top_p))
+        self._num_top = params.logprobs
+        self._penalties = Penalties(params, prompt)
+        self._matcher = matcher
+        self._tokenizer = tokenizer
+        self._warpers = () if self._greedy else _warpers(params)
+        if not self._greedy:
+            seed = secrets.randbits(63) if params.seed is None else (params.seed + choice) & MAX_SEED
+            self._generator = torch.Generator().manual_seed(seed)
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """Return the next token for logits [V] float32."""
-        if self._greedy:
-            return int(logits.argmax())
-        scores = logits.unsqueeze(0).cpu()
+    @property
+    def plain(self) -> bool:
+        """The token is the argmax of the logits, and nothing else is wanted."""
+        return self._greedy and self._num_top is None and self._matcher is None and not self._penalties.active
+
+    def choose(self, logits: torch.Tensor) -> Chosen:
+        """Return the next token for logits [V] float32, which are left as they are.
+
+        Raises InvalidInputError where the constraint became too complex to follow.
+        """
+        scores = logits.cpu()
+        if self._penalties.active or self._matcher is not None:
+            scores = scores.clone()
+            self._penalties.apply(scores)
+        if self._matcher is not None:
+            self._matcher.mask(scores)
+        token = int(scores.argmax()) if self._greedy else self._draw(scores)
+        self._penalties.add(token)
+        complete = self._matcher is not None and self._matcher.advance(token)
+        logprob = None if self._num_top is None else token_logprob(logits, token, self._num_top, self._tokenizer)
+        return Chosen(token, logprob, complete)
+
+    def _draw(self, scores: torch.Tensor) -> int:
+        warped = scores.unsqueeze(0)
         for warper in self._warpers:
-            scores = warper(None, scores)
-        return int(torch.multinomial(torch.softmax(scores[0], dim=0), 1, generator=self._generator))
+            warped = warper(None, warped)
+        return int(torch.multinomial(torch.softmax(warped[0], dim=0), 1, generator=self._generator))
+
+
+def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Chosen | GreenroomError]:
+    """The next token of each answer, or why it cannot have one, for logits [B, V] float32."""
+    best = logits.argmax(1).tolist()
+    chosen: list[Chosen | GreenroomError] = []
+    for sampler, token, row in zip(samplers, best, logits, strict=True):
+        try:
+            chosen.append(Chosen(token) if sampler.plain else sampler.choose(row))
+        except GreenroomError as error:
+            chosen.append(error)
+    return chosen
+
+
+def _warpers(params: SamplingParams) -> Sequence[Warper]:
+    candidates = (
+        (params.temperature != 1, TemperatureLogitsWarper, params.temperature),
+        (params.top_k > 0, TopKLogitsWarper, params.top_k),
+        (params.top_p < 1, TopPLogitsWarper, params.top_p),
+        (params.min_p > 0, MinPLogitsWarper, params.min_p),
+    )
+    return [warper(value) for wanted, warper, value in candidates if wanted]

@@ -56,6 +56,10 @@ class Scheduler:
         """Queue a sequence."""
         self.waiting.append(sequence)
 
+    def join(self, sequence: Sequence) -> None:
+        """Take in a sequence that holds all it needs already."""
+        self.running.append(sequence)
+
     def all(self) -> Iterator[Sequence]:
         """Every sequence that has not ended."""
         yield from [*self.running, *self.waiting]

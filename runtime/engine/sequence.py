@@ -2,7 +2,9 @@
 
 It knows nothing of how it is computed or scheduled; it only holds state and reports events.
 Read first: a prompt goes through ranges of layers, all of its tokens through one range before the next begins; between
-two ranges `residual` keeps its residual stream. A slot and a reservation are given back in `_end`, exactly once.
+two ranges `residual` keeps its residual stream. A slot and a reservation are given back in `_close`, exactly once.
+Where one prompt gets several answers, each is a sequence; `choices` are all of them, and the request ends when the last
+of them does.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import logging
 import time
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 
-from runtime.engine.request import Event, Failed, Finished, Request, TokenDelta, Usage
-from runtime.engine.sampling import Sampler
+from runtime.engine.matcher import Matcher
+from runtime.engine.request import Event, Failed, Finished, FinishReason, Request, TokenDelta, Usage
+from runtime.engine.sampling import Chosen, Sampler
 from runtime.engine.text import TextStream
 from runtime.errors import GreenroomError
 from runtime.memory.reservation import Prefetch, Reservation
@@ -48,6 +50,8 @@ class Sequence:
         max_tokens: new tokens at most, after clipping to the context.
         sink: gets the events.
         tokenizer: for the text.
+        matcher: what the answer may be, if that is constrained; for this sequence alone.
+        leader: the sequence that runs the prompt, where this one is another answer to it.
 
     Attributes:
         layers_done: layers that the whole prompt has passed.
@@ -57,6 +61,8 @@ class Sequence:
         decided: the mixture is fixed (None for the plain base model).
         awaits_experts: the mixture is known, and its experts are to be reserved.
         stalled_since: when the prompt came to stand before a layer whose experts are not there; None while it moves.
+
+    `on_end` is called when the sequence ends, before its last event leaves.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class Sequence:
         max_tokens: int,
         sink: Sink,
         tokenizer: Tokenizer,
+        matcher: Matcher | None = None,
+        leader: Sequence | None = None,
     ) -> None:
         self.request = request
         self.prompt = prompt
@@ -92,7 +100,11 @@ class Sequence:
         self.guessed_task: str | None = None
         self.on_end: Callable[[Sequence], None] = lambda _sequence: None
         self._sink = sink
-        self._sampler = Sampler(request.sampling)
+        self.choices: list[Sequence] = leader.choices if leader else []
+        self.choice = len(self.choices)
+        self.choices.append(self)
+        self.sampler = Sampler(request.sampling, prompt, tokenizer=tokenizer, choice=self.choice, matcher=matcher)
+        self._reason: FinishReason = "length"
         self._text = TextStream(tokenizer, request.sampling.stop)
         self._logits: list[torch.Tensor] = []
         self._submitted = time.monotonic()
@@ -130,49 +142,64 @@ class Sequence:
         except RuntimeError as error:  # the caller's event loop is closed
             _log.warning("request %s: event dropped: %s", self.request.request_id, error)
 
-    def take(self, logits: torch.Tensor, eos_token_ids: tuple[int, ...]) -> None:
-        """Choose the next token from logits [V], emit its text, and end if it is the last."""
-        token = self._sampler.choose(logits)
+    def take(self, chosen: Chosen, logits: torch.Tensor, eos_token_ids: tuple[int, ...]) -> None:
+        """Add a token that was chosen from logits [V], emit its text, and end if it is the last."""
+        if self.phase is Phase.ENDED:
+            return
         if self.request.keep_logits:
             self._logits.append(logits.float().cpu())
         if not self.output:
             self._first_token = time.monotonic()
-        self.output.append(token)
-        if token in eos_token_ids and not self.request.sampling.ignore_eos:
-            self._finish_text("stop", (token,))
-            return
-        text, stopped = self._text.push(token)
-        if stopped:
-            self.emit(TokenDelta(text, (token,)))
+        self.output.append(chosen.token)
+        if chosen.token in eos_token_ids and not self.request.sampling.ignore_eos:
+            self._say(self._text.finish(), chosen)
             self.finish("stop")
-        elif len(self.output) >= self.max_tokens:
-            self.emit(TokenDelta(text, (token,)))
-            self._finish_text("length", ())
-        else:
-            self.emit(TokenDelta(text, (token,)))
+            return
+        text, stopped = self._text.push(chosen.token)
+        self._say(text, chosen)
+        if stopped:
+            self.finish("stop")
+        elif chosen.complete or len(self.output) >= self.max_tokens:
+            if text := self._text.finish():
+                self.emit(TokenDelta(text, (), self.choice))
+            self.finish("stop" if chosen.complete else "length")
 
-    def _finish_text(self, reason: Literal["stop", "length"], token_ids: tuple[int, ...]) -> None:
-        text = self._text.finish()
-        if text or token_ids:
-            self.emit(TokenDelta(text, token_ids))
-        self.finish(reason)
+    def _say(self, text: str, chosen: Chosen) -> None:
+        logprobs = (chosen.logprob,) if chosen.logprob else ()
+        self.emit(TokenDelta(text, (chosen.token,), self.choice, logprobs))
 
-    def finish(self, reason: Literal["stop", "length", "located"]) -> None:
-        """End with an answer."""
-        logits = torch.stack(self._logits).numpy().tobytes() if self._logits else b""
-        self._end(Finished(reason=reason, usage=self._usage(), logits=logits))
+    def finish(self, reason: FinishReason) -> None:
+        """End with an answer; the request ends with the last of its choices."""
+        if self.phase is Phase.ENDED:
+            return  # a request ends once; what comes later (a cancellation that crossed the last token) is void
+        self._reason = reason
+        self._close()
+        if all(choice.phase is Phase.ENDED for choice in self.choices):
+            self.emit(self.choices[0].finished())
 
     def fail(self, error: GreenroomError) -> None:
-        """End without an answer."""
-        self._end(Failed(error, self._usage()))
+        """End without an answer, all choices together."""
+        open_choices = [choice for choice in self.choices if choice.phase is not Phase.ENDED]
+        for choice in open_choices:
+            choice._close()  # noqa: SLF001 - a sequence of the same request
+        if open_choices:
+            self.emit(Failed(error, self.choices[0].usage()))
 
-    def _usage(self) -> Usage:
+    def finished(self) -> Finished:
+        """The last event of the request, for its first choice to make."""
+        reason, *others = (choice._reason for choice in self.choices)  # noqa: SLF001 - a sequence of the same request
+        logits = torch.stack(self._logits).numpy().tobytes() if self._logits else b""
+        return Finished(reason=reason, other_reasons=tuple(others), usage=self.usage(), logits=logits)
+
+    def usage(self) -> Usage:
+        """What the request took, for its first choice to tell."""
+
         def since(moment: float) -> float:
             return max(0.0, moment - self._submitted)
 
         return Usage(
             prompt_tokens=len(self.prompt),
-            completion_tokens=len(self.output),
+            completion_tokens=sum(len(choice.output) for choice in self.choices),
             queue_s=since(self._admitted),
             first_token_s=since(self._first_token) if self.output else 0.0,
             total_s=since(time.monotonic()),
@@ -180,9 +207,7 @@ class Sequence:
             load_s=self.reservation.load_s if self.reservation is not None else 0.0,
         )
 
-    def _end(self, event: Event) -> None:
-        if self.phase is Phase.ENDED:
-            return  # a request ends once; what comes later (a cancellation that crossed the last token) is void
+    def _close(self) -> None:
         self.phase = Phase.ENDED
         if self.guess is not None:
             self.guess.cancel()
@@ -190,4 +215,3 @@ class Sequence:
             self.reservation.release()
         self.residual = None
         self.on_end(self)
-        self.emit(event)

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
-from runtime.engine.request import Finished, Located, Request, SamplingParams, TokenDelta
+from runtime.engine.request import Alternative, Finished, Located, Request, SamplingParams, TokenDelta, TokenLogprob
 from runtime.errors import InvalidInputError
 from runtime.model.names import check_name
 
@@ -25,7 +25,7 @@ MAX_PROMPT_CHARS = 1_000_000
 _HOW = {"located": pb.HOW_LOCATED, "pinned": pb.HOW_PINNED, "abstained": pb.HOW_ABSTAINED, "base": pb.HOW_BASE}
 _SOURCE = {"host": pb.SOURCE_HOST, "disk": pb.SOURCE_DISK}
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
-_OPTIONAL_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+_PRESENCE = frozenset(field.name for field in pb.Sampling.DESCRIPTOR.fields if field.has_presence)
 
 
 def generate_request(message: pb.GenerateRequest, *, request_id: str, deadline: float | None) -> Request:
@@ -80,6 +80,8 @@ def on_the_wire(error: InvalidInputError, message: pb.GenerateRequest | pb.Locat
     if error.field in {"text", "input"}:
         field = message.WhichOneof("prompt") or "input"
         return InvalidInputError(field, getattr(message, field), error.problem)
+    if isinstance(message, pb.GenerateRequest) and error.field in pb.Sampling.DESCRIPTOR.fields_by_name:
+        return _in_sampling(error, message.sampling)
     return error
 
 
@@ -89,7 +91,9 @@ def response(event: Located | TokenDelta | Finished, request_id: str) -> pb.Gene
         case Located():
             return pb.GenerateResponse(routing=routing(event, request_id))
         case TokenDelta():
-            return pb.GenerateResponse(delta=pb.TokenDelta(text=event.text, token_ids=event.token_ids))
+            logprobs = [_token_logprob(item) for item in event.logprobs]
+            delta = pb.TokenDelta(text=event.text, token_ids=event.token_ids, choice=event.choice, logprobs=logprobs)
+            return pb.GenerateResponse(delta=delta)
         case Finished():
             return pb.GenerateResponse(done=_done(event, request_id))
 
@@ -163,18 +167,30 @@ def _prompt(message: pb.GenerateRequest | pb.LocateRequest) -> tuple[str, bool]:
 
 def _sampling(message: pb.Sampling) -> SamplingParams:
     """What the client set, over the engine's defaults."""
-    chosen = {name: getattr(message, name) for name in _OPTIONAL_SAMPLING if message.HasField(name)}
+    chosen = {name: getattr(message, name) for name in _PRESENCE if message.HasField(name)}
     try:
         return SamplingParams(stop=tuple(message.stop), ignore_eos=message.ignore_eos, **chosen)
     except InvalidInputError as error:
-        value = getattr(message, error.field)
-        raise InvalidInputError(f"sampling.{error.field}", value, error.problem) from error
+        raise _in_sampling(error, message) from error
+
+
+def _in_sampling(error: InvalidInputError, message: pb.Sampling) -> InvalidInputError:
+    return InvalidInputError(f"sampling.{error.field}", getattr(message, error.field), error.problem)
+
+
+def _token_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(chosen=_alternative(logprob.chosen), top=[_alternative(item) for item in logprob.top])
+
+
+def _alternative(item: Alternative) -> pb.Alternative:
+    return pb.Alternative(token_id=item.token_id, text=item.text, logprob=item.logprob)
 
 
 def _done(finished: Finished, request_id: str) -> pb.Done:
     usage = finished.usage
     return pb.Done(
         finish_reason=_FINISH[finished.reason],
+        other_finish_reasons=[_FINISH[reason] for reason in finished.other_reasons],
         usage=pb.Usage(
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
