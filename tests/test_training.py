@@ -23,7 +23,8 @@ from training.data import Example, TaskData
 from training.grow import add_task
 from training.precision import base_dtype
 from training.score import exact_match, is_exact, normalise
-from training.task import answer_loss, rate, train_task
+from training.steps import answer_loss, rate
+from training.task import train_task
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(first_layer=1, epochs=10, learning_rate=1e-2, locator_steps=20, store_dtype="float32", rank=4)

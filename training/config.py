@@ -15,6 +15,9 @@ from runtime.errors import InvalidInputError
 Dtype = Literal["auto", "float32", "bfloat16"]
 StoreDtype = Literal["float32", "bfloat16", "float16"]
 LocatorScore = Literal["raw", "z", "abs_z"]
+Expansion = Literal["everywhere", "paper", "calibrated"]
+ExpansionAxis = Literal["layers", "experts"]
+ExpertStart = Literal["copy", "fresh"]
 Visible = Literal["all", "own"]
 
 
@@ -35,9 +38,19 @@ class TrainingConfig:
         epochs: passes over the examples.
         max_steps: upper bound on optimiser steps; None leaves it to `epochs`.
         batch_size: examples per step, B.
+        accumulation: pieces in which a step's examples are computed; more pieces take less memory, not more steps.
         warmup_share: share of the steps in which the rate rises linearly; it falls as a cosine afterwards.
         gradient_clip: bound on the norm of all gradients together.
         balance_coefficient: lambda of the load-balancing loss.
+        expansion: which layers of a task after the first get an expert: every one, or those that probing asks for; see
+            `training.expansion`.
+        expansion_axis: of "paper": what mean and deviation run over.
+        expansion_alpha: of "paper": a layer is expanded above mean - alpha * deviation.
+        expansion_tolerance: of "calibrated": nats per answer token that masking a layer's probe may cost.
+        probe_share: share of the examples that probing uses, half to train the probes and half to measure them (10 %:
+            paper, the halves: ours).
+        probe_steps: optimiser steps of the probes.
+        expert_start: after probing, a new expert begins as a copy of the layer's most-used old expert (paper) or fresh.
         max_tokens: longest prompt plus answer; a longer example is an error, never cut.
         seed: of everything random; one seed on one machine gives one result.
         dtype: of the frozen base in training; "auto" is bfloat16 where the hardware multiplies it fast.
@@ -63,9 +76,17 @@ class TrainingConfig:
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int = 16
+    accumulation: int = 1
     warmup_share: float = 0.1
     gradient_clip: float = 1.0
     balance_coefficient: float = 0.01
+    expansion: Expansion = "everywhere"
+    expansion_axis: ExpansionAxis = "layers"
+    expansion_alpha: float = 0.0
+    expansion_tolerance: float = 0.002
+    probe_share: float = 0.1
+    probe_steps: int = 40
+    expert_start: ExpertStart = "copy"
     max_tokens: int = 512
     seed: int = 0
     dtype: Dtype = "auto"
@@ -77,7 +98,16 @@ class TrainingConfig:
     locator_score: LocatorScore = "raw"
 
     def __post_init__(self) -> None:
-        for field in ("rank", "top_k", "epochs", "batch_size", "max_tokens", "locator_steps"):
+        for field in (
+            "rank",
+            "top_k",
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "probe_steps",
+            "max_tokens",
+            "locator_steps",
+        ):
             _check_whole(field, getattr(self, field), 1)
         _check_whole("seed", self.seed, 0)
         if self.first_layer is not None:
@@ -86,13 +116,17 @@ class TrainingConfig:
             _check_whole("max_steps", self.max_steps, 1)
         for field in ("alpha", "learning_rate", "router_learning_rate", "gradient_clip", "locator_learning_rate"):
             _check_real(field, getattr(self, field), above_zero=True)
-        for field in ("weight_decay", "balance_coefficient", "locator_beta"):
+        for field in ("weight_decay", "balance_coefficient", "locator_beta", "expansion_alpha", "expansion_tolerance"):
             _check_real(field, getattr(self, field), above_zero=False)
         _check_share("warmup_share", self.warmup_share, zero=True)
         _check_share("locator_held_out", self.locator_held_out, zero=False)
+        _check_share("probe_share", self.probe_share, zero=False)
         _check_choice("visible", self.visible, get_args(Visible))
         _check_choice("dtype", self.dtype, get_args(Dtype))
         _check_choice("store_dtype", self.store_dtype, get_args(StoreDtype))
+        _check_choice("expansion", self.expansion, get_args(Expansion))
+        _check_choice("expansion_axis", self.expansion_axis, get_args(ExpansionAxis))
+        _check_choice("expert_start", self.expert_start, get_args(ExpertStart))
         _check_choice("locator_score", self.locator_score, get_args(LocatorScore))
 
     def num_steps(self, num_examples: int) -> int:

@@ -8,8 +8,9 @@ becomes one with N + 1, or stays what it was.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import save
@@ -19,7 +20,7 @@ from runtime.model.base import BaseModel
 from runtime.model.expert import pack_expert_set
 from runtime.model.generation import base_ref, check_base, router_tensor_name
 from runtime.model.locator import frame_shapes
-from runtime.model.manifest import LocatorEntry, LocatorRef, Manifest, RouterRef, Task
+from runtime.model.manifest import BaseRef, ExpertSet, LocatorEntry, LocatorRef, Manifest, RouterRef, Task
 from runtime.model.names import check_name
 from runtime.model.prompt import PromptTemplate, default_template
 from runtime.model.repertoire import Repertoire
@@ -28,9 +29,13 @@ from training.batches import encode_row
 from training.config import TrainingConfig
 from training.data import TaskData
 from training.features import features
+from training.learn import OlderSet, learn
 from training.locator import make_frame, train_entry
 from training.reference_prompts import reference_prompts
-from training.task import Progress, TrainedTask, seed_for, train_task
+from training.report import write_report
+from training.seeds import seed_for
+from training.steps import Progress
+from training.task import TrainedTask
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,6 +67,8 @@ def add_task(
     config: TrainingConfig,
     *,
     signer: Signer | None = None,
+    report_folder: Path | None = None,
+    on_phase: Callable[[str], None] = lambda _phase: None,
     on_progress: Progress = lambda _step, _num_steps, _loss: None,
 ) -> Manifest:
     """Train `task` on top of the current generation and publish the result as the next one.
@@ -75,6 +82,8 @@ def add_task(
         task: only its training rows are used.
         config: see `TrainingConfig`.
         signer: signs the new generation; None leaves it unsigned.
+        report_folder: gets the task's `report.json` (`training.report`) after the generation is published.
+        on_phase: called with "probing", "training" and "locating" as these begin.
         on_progress: called after every step of the experts' training.
 
     Returns:
@@ -94,24 +103,37 @@ def add_task(
     ]
     held_sets = ground.current.experts if ground.current else ()
     older_sets = held_sets if config.visible == "all" else ()
-    older = [{unit.layer: repertoire.read_unit(entry, unit, ref) for unit in entry.units} for entry in older_sets]
-    trained = train_task(
-        base, rows, older, name=task.name, first_layer=ground.first_layer, config=config, on_progress=on_progress
+    older = [
+        OlderSet(entry.digest, {unit.layer: repertoire.read_unit(entry, unit, ref) for unit in entry.units})
+        for entry in older_sets
+    ]
+    learned = learn(
+        base,
+        rows,
+        older,
+        name=task.name,
+        first_layer=ground.first_layer,
+        generation=ground.current.generation + 1 if ground.current else 1,
+        config=config,
+        on_phase=on_phase,
+        on_progress=on_progress,
     )
+    trained = learned.trained
+    on_phase("locating")
     prompts = [row.prompt for row in rows]
     densities = [_density(base, prompts, sight, config, task.name) for sight in (ground.locator, ground.arrival)]
-    experts_blob, expert_set = pack_expert_set(trained.experts, task=task.name, dtype=config.store_dtype, base=ref)
+    own, own_blobs = _pack(trained, task.name, config, ref)
     routers = {router_tensor_name(layer): weight.contiguous() for layer, weight in trained.routers.items()}
     router_blob = save(routers)
     frame_blobs = [save(sight.frame) for sight in (ground.locator, ground.arrival)]
     entry = Task(
         name=task.name,
-        experts=expert_set.digest,
+        experts=own[0].digest if own else None,
         router=RouterRef(
             kind="top_k",
             digest=_sha256(router_blob),
             top_k=trained.top_k,
-            visible=(*(entry.digest for entry in older_sets), expert_set.digest),
+            visible=tuple(entry.digest for entry in (*older_sets, *own)),
         ),
         locator=densities[0].entry,
         arrival=densities[1].entry,
@@ -123,20 +145,32 @@ def add_task(
     ]
     manifest = Manifest(
         schema_version=1,
-        generation=ground.current.generation + 1 if ground.current else 1,
+        generation=learned.report.generation,
         parent=ground.current.generation if ground.current else None,
         base=ground.current.base if ground.current else ref,
         prompt_template=ground.template.text,
         first_layer=ground.first_layer,
         locator=ground.current.locator if ground.current else refs[0],
         arrival=ground.current.arrival if ground.current else refs[1],
-        experts=(*held_sets, expert_set),
+        experts=(*held_sets, *own),
         tasks=(*(ground.current.tasks if ground.current else ()), entry),
     )
     vae_blobs = [density.blob for density in densities]
-    blobs = {_sha256(blob): blob for blob in (*frame_blobs, experts_blob, router_blob, *vae_blobs)}
+    blobs = {_sha256(blob): blob for blob in (*frame_blobs, *own_blobs, router_blob, *vae_blobs)}
     repertoire.publish(manifest, blobs, expected=manifest.parent, signer=signer)
+    if report_folder is not None:
+        write_report(report_folder, learned.report)
     return manifest
+
+
+def _pack(
+    trained: TrainedTask, name: str, config: TrainingConfig, ref: BaseRef
+) -> tuple[tuple[ExpertSet, ...], tuple[bytes, ...]]:
+    """The new expert set and its bytes; neither where no layer was expanded."""
+    if not trained.experts:
+        return (), ()
+    blob, entry = pack_expert_set(trained.experts, task=name, dtype=config.store_dtype, base=ref)
+    return (entry,), (blob,)
 
 
 def _stand_on(repertoire: Repertoire, base: BaseModel, name: str, config: TrainingConfig) -> _Ground:
@@ -197,10 +231,8 @@ def _reference_features(base: BaseModel, template: PromptTemplate, layer: int) -
 
 def _num_parameters(trained: TrainedTask, *vaes: Mapping[str, torch.Tensor]) -> int:
     """Parameters of experts, routers and VAEs: all that was trained for the task."""
-    updates = [update for expert in trained.experts.values() for update in expert.updates.values()]
-    tensors = [*(u.a for u in updates), *(u.b for u in updates), *trained.routers.values()]
-    tensors += [tensor for vae in vaes for tensor in vae.values()]
-    return sum(tensor.numel() for tensor in tensors)
+    tensors = [*trained.routers.values(), *(tensor for vae in vaes for tensor in vae.values())]
+    return sum(expert.num_parameters for expert in trained.experts.values()) + sum(t.numel() for t in tensors)
 
 
 def _sha256(blob: bytes) -> str:

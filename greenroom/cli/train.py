@@ -7,24 +7,21 @@ Read first: a task that the repertoire already holds is skipped, so the command 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from greenroom.cli.places import cache_folder
+from greenroom.cli.train_progress import progress_bar
 from runtime.errors import InvalidInputError
-from training.config import Dtype, TrainingConfig, Visible
+from training.config import Dtype, Expansion, ExpansionAxis, ExpertStart, TrainingConfig, Visible
 
 if TYPE_CHECKING:
     from training.data import TaskData
 
 _DEFAULT = TrainingConfig()
-_SMOOTHING = 0.9
 
 
 def train(
@@ -48,6 +45,31 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Upper bound on steps per task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = _DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of the experts.")] = _DEFAULT.learning_rate,
+    accumulation: Annotated[
+        int, typer.Option(help="Pieces in which a step's examples are computed, to save memory.")
+    ] = _DEFAULT.accumulation,
+    expansion: Annotated[
+        Expansion,
+        typer.Option(help="Layers with a new expert: everywhere, or where probes ask (paper, calibrated)."),
+    ] = _DEFAULT.expansion,
+    expansion_axis: Annotated[
+        ExpansionAxis, typer.Option(help="paper: statistics over layers, or over a layer's experts.")
+    ] = _DEFAULT.expansion_axis,
+    expansion_alpha: Annotated[
+        float, typer.Option(help="paper: expand above mean - alpha * deviation.")
+    ] = _DEFAULT.expansion_alpha,
+    expansion_tolerance: Annotated[
+        float, typer.Option(help="calibrated: nats per token that masking a probe may cost.")
+    ] = _DEFAULT.expansion_tolerance,
+    probe_share: Annotated[float, typer.Option(help="Share of the examples that probing uses.")] = _DEFAULT.probe_share,
+    probe_steps: Annotated[int, typer.Option(help="Steps of the probes.")] = _DEFAULT.probe_steps,
+    expert_start: Annotated[
+        ExpertStart, typer.Option(help="After probing, begin with a copy of the most-used old expert, or fresh.")
+    ] = _DEFAULT.expert_start,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Folder for <task>/report.json and growth.png; default: beside the repertoire."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest prompt plus answer.")] = _DEFAULT.max_tokens,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULT.seed,
     key: Annotated[
@@ -65,6 +87,14 @@ def train(
         epochs=epochs,
         max_steps=max_steps,
         batch_size=batch_size,
+        accumulation=accumulation,
+        expansion=expansion,
+        expansion_axis=expansion_axis,
+        expansion_alpha=expansion_alpha,
+        expansion_tolerance=expansion_tolerance,
+        probe_share=probe_share,
+        probe_steps=probe_steps,
+        expert_start=expert_start,
         learning_rate=learning_rate,
         max_tokens=max_tokens,
         seed=seed,
@@ -94,15 +124,46 @@ def train(
     folder = resolve_base(base, cache=cache_folder())
     with console.status(f"loading {base}"):
         model = load_base(folder, dtype=base_dtype(config.dtype, place), device=place)
+    reports = report or repertoire.with_name(f"{repertoire.name}-training")
     for arriving in waiting:
-        console.print(f"{arriving.name}: training on {len(arriving.train)} examples")
+        console.print(f"{arriving.name}: {len(arriving.train)} examples")
         started = time.monotonic()
-        with _progress_bar(console, arriving.name) as on_progress:
-            manifest = add_task(store, model, arriving, config, signer=signer, on_progress=on_progress)
+        with progress_bar(console, arriving.name) as (on_phase, on_progress):
+            manifest = add_task(
+                store,
+                model,
+                arriving,
+                config,
+                signer=signer,
+                report_folder=reports / arriving.name,
+                on_phase=on_phase,
+                on_progress=on_progress,
+            )
         console.print(
             f"generation {manifest.generation}: {arriving.name} added, {manifest.tasks[-1].trained_parameters:,} "
             f"parameters trained in {time.monotonic() - started:.0f} s"
         )
+    _tell_growth(console, reports, tuple(arriving.name for arriving in waiting))
+
+
+def _tell_growth(console: Console, folder: Path, names: tuple[str, ...]) -> None:
+    """One line per task on where it got experts, and the picture of all tasks."""
+    from training.pictures import can_draw, draw_growth
+    from training.report import read_reports
+
+    reports = read_reports(folder)
+    for report in reports:
+        if report.task in names:
+            share = report.parameters_added / report.parameters_everywhere
+            console.print(
+                f"{report.task}: own experts in {sum(layer.expanded for layer in report.layers)} of "
+                f"{len(report.layers)} layers, {share:.0%} of the parameters of an expert everywhere"
+            )
+    if can_draw():
+        draw_growth(reports, folder / "growth.png")
+        console.print(f"reports and growth.png in {folder}")
+    else:
+        console.print(f"reports in {folder}; pictures need the extra `plots`: pip install 'greenroom[plots]'")
 
 
 def _read(data: str) -> tuple[TaskData, ...]:
@@ -131,26 +192,3 @@ def _device_name(device: str, *, has_cuda: bool) -> str:
     if device == "cuda" and not has_cuda:
         raise InvalidInputError("device", device, "this machine has no CUDA device that torch can use")
     return device if device != "auto" else "cuda" if has_cuda else "cpu"
-
-
-@contextmanager
-def _progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar with the smoothed loss, or ten lines where nobody looks; yields what `add_task` calls after every step."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(name, total=None, loss=float("nan"))
-        smooth: list[float] = []
-
-        def on_progress(step: int, num_steps: int, loss: float) -> None:
-            smooth.append(_SMOOTHING * smooth[-1] + (1 - _SMOOTHING) * loss if smooth else loss)
-            bars.update(bar, completed=step, total=num_steps, loss=smooth[-1])
-            if not console.is_terminal and step * 10 // num_steps > (step - 1) * 10 // num_steps:
-                console.print(f"{name}: step {step} of {num_steps}, loss {smooth[-1]:.3f}")
-
-        yield on_progress

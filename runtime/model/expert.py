@@ -48,6 +48,11 @@ class Expert:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for update in self.updates.values() for tensor in (update.a, update.b))
 
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.numel() for update in self.updates.values() for tensor in (update.a, update.b))
+
 
 def unit_tensors(ranks: Mapping[Target, int], base: BaseRef) -> dict[str, tuple[int, int]]:
     """Return name within the unit -> shape, in the order of the bytes on disk (sorted by name)."""
