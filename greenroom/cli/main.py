@@ -19,6 +19,7 @@ from greenroom.cli.export import export
 from greenroom.cli.locate import locate
 from greenroom.cli.repertoire import app as repertoire
 from greenroom.cli.serve import serve
+from greenroom.cli.token import app as token
 from greenroom.cli.train import train
 
 
@@ -56,6 +57,7 @@ def options(
 
 app.add_typer(base, name="base")
 app.add_typer(repertoire, name="repertoire")
+app.add_typer(token, name="token")
 for command in (train, export, locate, serve, ask, batch, demo):
     app.command()(command)
 

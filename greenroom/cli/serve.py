@@ -1,31 +1,36 @@
 """`greenroom serve`: an engine behind gRPC until a signal comes.
 
-It knows nothing of how an engine is built or a server drains.
+It knows nothing of how an engine is built or a server drains, nor of what goes with a server (`serve_parts`).
 Read first: it prints "serving on HOST:PORT" when requests are taken, and writes the port to `--ready-file` then.
+Everything can stand in a file instead (`--config`); the flags given override it.
 """
 
 import asyncio
-import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from greenroom.cli import engine_flags as flags
-from runtime.service.models import DEFAULT_NAME
+from greenroom.cli.serve_config import DEFAULTS, ServeConfig, as_toml, load_config
+
+_SERVER = DEFAULTS.server
 
 
 def serve(
+    context: typer.Context,
     *,
-    repertoire: flags.RepertoireFlag,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these; flags override it.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print what would be used, and end.")] = False,
+    repertoire: Annotated[Path | None, typer.Option(help="Folder of the repertoire.")] = None,
     trust: flags.TrustFlag = None,
     base: flags.BaseFlag = None,
-    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0 takes a free one.")] = 50051,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = _SERVER.host,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0 takes a free one.")] = _SERVER.port,
     name: Annotated[
         str, typer.Option(help="What OpenAI and Triton clients call the repertoire: model NAME or NAME:TASK.")
-    ] = DEFAULT_NAME,
+    ] = _SERVER.name,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,
@@ -34,49 +39,75 @@ def serve(
     prefetch: flags.PrefetchFlag = flags.LIMITS.prefetch,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
-    grace: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")] = 10.0,
+    grace: Annotated[
+        float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")
+    ] = _SERVER.grace,
     follow: Annotated[
         float, typer.Option(min=0.0, help="Seconds between looks for a new generation; 0 never looks.")
-    ] = 2.0,
+    ] = _SERVER.follow,
     ready_file: Annotated[Path | None, typer.Option(help="File to write the port to when ready.")] = None,
+    max_message: Annotated[str, typer.Option(help="Largest message, as in 64MiB.")] = _SERVER.max_message,
+    max_calls: Annotated[int, typer.Option(min=1, help="Calls in flight at most.")] = _SERVER.max_calls,
+    tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens; see `greenroom token`.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM: the server's certificate chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM: its private key.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM: who signs clients; asks for certificates.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of /metrics.")] = DEFAULTS.metrics.host,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of /metrics; without it there is none.")
+    ] = None,
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="How log lines look.")] = DEFAULTS.log.format,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged.")
+    ] = DEFAULTS.log.level,
+    traces_endpoint: Annotated[str | None, typer.Option(help="OTLP endpoint, as in http://localhost:4317.")] = None,
 ) -> None:
     """Serve a repertoire over gRPC until SIGTERM or SIGINT."""
-    chosen = flags.collect(
-        repertoire=repertoire,
-        trust=trust,
-        base=base,
-        dtype=dtype,
-        threads=threads,
-        expert_memory=expert_memory,
-        kv_memory=kv_memory,
-        max_running=max_running,
-        policy=policy,
-        eviction=eviction,
-        prefetch=prefetch,
-    )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    chosen = load_config(config, given_flags(context, locals()))
+    if print_config:
+        typer.echo(as_toml(chosen), nl=False)
+        return
+    serve_as(chosen)
 
+
+def given_flags(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """What was typed on the command line, or given in the environment, and is no question of how to read it."""
+    return {
+        name: values[name]
+        for name in context.params
+        if name not in {"config", "print_config"}
+        and (source := context.get_parameter_source(name)) is not None
+        and source.name in {"COMMANDLINE", "ENVIRONMENT"}
+    }
+
+
+def serve_as(chosen: ServeConfig) -> None:
+    """Serve what the configuration says until a signal comes."""
+    engine_flags = chosen.engine_flags()
     from greenroom.cli.build_engine import build_engine, open_repertoire
+    from greenroom.cli.serve_parts import logging_as, make_server, serving_metrics, tracing_as
     from runtime.engine.follower import HeadFollower
     from runtime.service.lifecycle import serve_until_signal
-    from runtime.service.server import Server
 
-    def on_ready(bound_port: int) -> None:
-        if ready_file is not None:
-            write_atomically(ready_file, f"{bound_port}\n")
-        typer.echo(f"serving on {host}:{bound_port}")
+    logging_as(chosen.log)
+    with tracing_as(chosen.traces) as tracing:
+        engine = build_engine(engine_flags)
+        follower = HeadFollower(open_repertoire(engine_flags), engine, interval_s=chosen.server.follow)
+        try:
+            server, guard = make_server(chosen, engine, tracing)
+            if chosen.server.follow:
+                follower.start()
 
-    engine = build_engine(chosen)
-    follower = HeadFollower(open_repertoire(chosen), engine, interval_s=follow)
-    if follow:
-        follower.start()
-    try:
-        asyncio.run(
-            serve_until_signal(Server(engine, host=host, port=port, grace_s=grace, name=name), on_ready=on_ready)
-        )
-    finally:
-        follower.close()
-        engine.close()
+            def on_ready(bound_port: int) -> None:
+                if chosen.server.ready_file is not None:
+                    write_atomically(chosen.server.ready_file, f"{bound_port}\n")
+                typer.echo(f"serving on {chosen.server.host}:{bound_port}")
+
+            with serving_metrics(chosen.metrics, guard.metrics):
+                asyncio.run(serve_until_signal(server, on_ready=on_ready))
+        finally:
+            follower.close()
+            engine.close()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,171 @@
+"""What `greenroom serve` can be told, as one validated value: from a TOML file, from flags, or both.
+
+It knows nothing of engines or servers: `greenroom.cli.serve` builds them of this.
+Read first: a flag given on the command line overrides the file, and the file overrides the defaults, which stand here
+or where `runtime` has them, once. Unknown keys are errors. Paths are as the process sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from greenroom.cli import engine_flags as flags
+from runtime.engine.options import Policy
+from runtime.errors import InvalidInputError
+from runtime.memory.eviction import EvictionName
+from runtime.service.models import DEFAULT_NAME
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineSection(_Section):
+    """The engine; the names are those of the flags, and of `flags.collect`."""
+
+    base: str | None = None
+    dtype: flags.Dtype = flags.DEFAULT_DTYPE
+    threads: Annotated[int, Field(ge=0)] = flags.DEFAULT_THREADS
+    expert_memory: str = flags.DEFAULT_EXPERT_MEMORY
+    kv_memory: str = flags.DEFAULT_KV_MEMORY
+    max_running: Annotated[int, Field(ge=1)] = flags.LIMITS.max_running
+    policy: Policy = flags.LIMITS.policy
+    eviction: EvictionName = flags.LIMITS.eviction
+    prefetch: bool = flags.LIMITS.prefetch
+
+
+class ServerSection(_Section):
+    """The port, its bounds, and who may use it."""
+
+    host: str = "127.0.0.1"
+    port: Port = 50051
+    name: str = DEFAULT_NAME
+    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    follow: Annotated[float, Field(ge=0)] = 2.0
+    ready_file: Path | None = None
+    max_message: str = "64MiB"
+    max_calls: Annotated[int, Field(ge=1, le=100_000)] = 1024
+    tokens: Path | None = None
+
+
+class TlsSection(_Section):
+    """PEM files; without a certificate the port talks in the clear."""
+
+    certificate: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
+
+
+class MetricsSection(_Section):
+    """Where Prometheus asks; without a port nowhere."""
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+
+
+class LogSection(_Section):
+    """How log lines look, and how much there is."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class TracesSection(_Section):
+    """Where OpenTelemetry spans go (OTLP over gRPC, as in "http://localhost:4317"); without an endpoint nowhere."""
+
+    endpoint: str | None = None
+
+
+class ServeConfig(_Section):
+    """Everything."""
+
+    repertoire: Path
+    trust: Path | None = None
+    engine: EngineSection = EngineSection()
+    server: ServerSection = ServerSection()
+    tls: TlsSection = TlsSection()
+    metrics: MetricsSection = MetricsSection()
+    log: LogSection = LogSection()
+    traces: TracesSection = TracesSection()
+
+    def engine_flags(self) -> flags.EngineFlags:
+        """What the engine is built from.
+
+        Raises:
+            InvalidInputError: a size or limit that cannot be used.
+        """
+        return flags.collect(repertoire=self.repertoire, trust=self.trust, **self.engine.model_dump())
+
+
+DEFAULTS = ServeConfig(repertoire=Path())
+SECTIONS: Mapping[str, type[_Section]] = {
+    "engine": EngineSection,
+    "server": ServerSection,
+    "tls": TlsSection,
+    "metrics": MetricsSection,
+    "log": LogSection,
+    "traces": TracesSection,
+}
+
+
+def load_config(file: Path | None, given: Mapping[str, Any]) -> ServeConfig:
+    """The file, with what was given on the command line over it.
+
+    Args:
+        file: TOML; None for none.
+        given: flag name -> value, only of flags that were typed.
+
+    Raises:
+        InvalidInputError: the file cannot be read, a key is unknown, or a value cannot be used.
+    """
+    tables = _read(file) if file is not None else {}
+    for name, value in given.items():
+        section, key = place_of(name)
+        table = tables.setdefault(section, {}) if section else tables
+        if isinstance(table, dict):
+            table[key] = value
+    try:
+        return ServeConfig.model_validate(tables)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        shown = None if first["type"] == "missing" else first["input"]
+        raise InvalidInputError(where, shown, first["msg"][:1].lower() + first["msg"][1:]) from error
+
+
+def place_of(flag: str) -> tuple[str | None, str]:
+    """Section and key of a flag: "metrics_port" is `port` in `[metrics]`, "host" is `host` in `[server]`."""
+    section, _, key = flag.partition("_")
+    if section in SECTIONS and key in SECTIONS[section].model_fields:
+        return section, key
+    return next((name for name in ("engine", "server") if flag in SECTIONS[name].model_fields), None), flag
+
+
+def as_toml(config: ServeConfig) -> str:
+    """The whole configuration as a file that says the same; what is unset stands there as a remark."""
+    tables = config.model_dump(mode="json")
+    lines = [toml_line(name, value) for name, value in tables.items() if name not in SECTIONS]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]", *(toml_line(name, value) for name, value in tables[section].items())]
+    return "\n".join(lines) + "\n"
+
+
+def toml_line(name: str, value: object) -> str:
+    """One key; a remark where it has no value."""
+    # JSON's strings, numbers and booleans are TOML's too.
+    return f"# {name} =" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInputError("config", str(file), f"cannot be read: {error}") from error

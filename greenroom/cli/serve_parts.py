@@ -1,0 +1,111 @@
+"""What goes with a server: its guard, its logs, its traces and the port of its metrics, as a configuration says.
+
+It does not know what is served.
+Read first: each part is off unless it is configured, except for logs on stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from greenroom.cli.engine_flags import parse_size
+from greenroom.cli.serve_config import LogSection, MetricsSection, ServeConfig, TlsSection, TracesSection
+from runtime.errors import InvalidInputError
+from runtime.service.guard import Guard
+from runtime.service.logs import JsonLines
+from runtime.service.metrics import Metrics
+from runtime.service.metrics_port import metrics_port
+from runtime.service.server import Server
+from runtime.service.tls import TlsFiles
+from runtime.service.tokens import Tokens
+
+if TYPE_CHECKING:
+    from runtime.engine.engine import Engine
+    from runtime.service.tracing import Tracing
+
+
+def make_server(chosen: ServeConfig, engine: Engine, tracing: Tracing | None) -> tuple[Server, Guard]:
+    """A server that is not started yet, and what guards its calls.
+
+    Raises:
+        InvalidInputError: a file that is named cannot be used, or parts do not fit together.
+    """
+    section = chosen.server
+    tokens = Tokens.load(section.tokens) if section.tokens is not None else None
+    guard = Guard.of(tokens, tracing=tracing)
+    guard.metrics.watch_engine(engine.statistics)
+    server = Server(
+        engine,
+        host=section.host,
+        port=section.port,
+        grace_s=section.grace,
+        max_message_bytes=parse_size("max_message", section.max_message),
+        max_calls=section.max_calls,
+        tls=tls_files(chosen.tls),
+        guard=guard,
+        name=section.name,
+    )
+    return server, guard
+
+
+def tls_files(section: TlsSection) -> TlsFiles | None:
+    """The files of a section; None where it names none.
+
+    Raises:
+        InvalidInputError: it names some and lacks others.
+    """
+    if section.certificate is None and section.key is None and section.client_ca is None:
+        return None
+    for field in ("certificate", "key"):
+        if getattr(section, field) is None:
+            raise InvalidInputError(f"tls.{field}", None, "TLS needs a certificate and its key")
+    assert section.certificate is not None
+    assert section.key is not None
+    return TlsFiles(certificate=section.certificate, key=section.key, client_ca=section.client_ca)
+
+
+def logging_as(section: LogSection) -> None:
+    """Log to stderr as the section says."""
+    logging.basicConfig(
+        level=section.level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
+    )
+    if section.format == "json":
+        for output in logging.getLogger().handlers:
+            output.setFormatter(JsonLines())
+
+
+@contextmanager
+def tracing_as(section: TracesSection) -> Iterator[Tracing | None]:
+    """Tracing to the endpoint of the section; None where it names none.
+
+    Raises:
+        InvalidInputError: the extra `otel` is not installed.
+    """
+    if section.endpoint is None:
+        yield None
+        return
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        from runtime.service.tracing import exporting
+    except ImportError as error:
+        raise InvalidInputError("traces.endpoint", section.endpoint, "pip install greenroom[otel]") from error
+    insecure = not section.endpoint.startswith("https://")
+    with exporting(OTLPSpanExporter(endpoint=section.endpoint, insecure=insecure)) as tracing:
+        yield tracing
+
+
+@contextmanager
+def serving_metrics(section: MetricsSection, metrics: Metrics) -> Iterator[None]:
+    """Metrics on the port of the section for the time of the block; nothing where it names none."""
+    if section.port is None:
+        yield
+        return
+    with metrics_port(metrics, host=section.host, port=section.port) as port:
+        typer.echo(f"metrics on http://{section.host}:{port}/metrics")
+        yield
