@@ -16,11 +16,12 @@ from safetensors.torch import save
 from runtime.model.attach import fresh_expert
 from runtime.model.base import BaseModel
 from runtime.model.expert import pack_expert_set
-from runtime.model.generation import base_ref, router_tensor_name
+from runtime.model.generation import base_ref
 from runtime.model.locator import PROJECTED, frame_shapes, project, vae_shapes
 from runtime.model.manifest import ExpertSet, LocatorEntry, LocatorRef, Manifest, RouterRef, Task
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.routers import router_tensor_name
 from training.features import features
 
 _SUBJECTS = ("rivers", "bridges", "violins", "engines", "gardens", "stars", "coins", "maps", "clocks", "sails")

@@ -18,7 +18,7 @@ from torch import nn
 
 from exporters.options import Source
 from runtime.errors import InvalidInputError
-from runtime.model.attach import ExpertModule, MixtureFFN, attached, decoder_layers
+from runtime.model.attach import ExpertModule, attached, decoder_layers, mixture_layer
 from runtime.model.expert import Expert, LowRank
 from runtime.model.manifest import TARGETS, Digest, Manifest, Target
 
@@ -66,10 +66,14 @@ def constant_weights(manifest: Manifest, task: str | None, weights: str | None) 
         return _everywhere(manifest, chosen)
     if task is None:
         raise InvalidInputError("task", task, "name the task, or give weights such as red=0.7,blue=0.3")
-    visible = manifest.visible_layers(manifest.task(task))
+    visible, kind = manifest.visible_layers(manifest.task(task)), manifest.task(task).router.kind
     if weights == ONLY_OWN:
         return _everywhere(manifest, {_own(manifest, task): 1.0})
     routed = [layer for layer, experts in visible.items() if len(experts) > 1]
+    if weights is None and kind == "grouped":
+        raise InvalidInputError(
+            "task", task, f"its router is grouped; give weights: {UNIFORM}, {ONLY_OWN} or task=weight,..."
+        )
     if weights is None and routed:
         raise InvalidInputError(
             "task",
@@ -111,7 +115,7 @@ def delta(terms: Iterable[Term], target: Target) -> torch.Tensor | None:
 
 @contextmanager
 def attached_mixture(model: nn.Module, mixture: ConstantMixture) -> Iterator[None]:
-    """`model` with the mixture in the place of its FFNs, and without it on leaving.
+    """`model` with the mixture in its layers, and without it on leaving.
 
     The modules are those of a routed mixture: a router of zeros that keeps all E experts gives each 1/E, so an expert's
     scale carries `w_e E`.
@@ -126,7 +130,7 @@ def attached_mixture(model: nn.Module, mixture: ConstantMixture) -> Iterator[Non
         ]
         width = layers[layer].mlp.gate_proj.in_features  # type: ignore[union-attr]
         router = torch.zeros(count, width)  # type: ignore[arg-type]
-        ffns[layer] = MixtureFFN(layers[layer].mlp, experts, router, top_k=count)  # type: ignore[arg-type]
+        ffns[layer] = mixture_layer(layers[layer], experts, router, top_k=count)
     with attached(model, ffns):
         yield
 

@@ -24,6 +24,7 @@ from exporters.model_check import check_updates
 from exporters.onnx_graph import Progress
 from exporters.options import Source
 from runtime.errors import ExportMismatchError, InvalidInputError
+from runtime.model.attach import linear_name
 from runtime.model.manifest import BaseRef, Target
 
 FILE_NAME = "adapter.gguf"
@@ -55,6 +56,9 @@ def write_gguf(source: Source, folder: Path, on_progress: Progress) -> tuple[Fil
         known = ", ".join(_ARCHITECTURES)
         raise InvalidInputError("base: architecture", base.architecture, f"must be one of {known}")
     updates = fold(mixture)
+    turned = next((target for linears in updates.values() for target in linears if target in ("q", "k")), None)
+    if architecture == "llama" and turned is not None:  # llama.cpp orders their rows otherwise
+        raise InvalidInputError("target", "gguf-lora", f"updates of {turned} cannot be written for this architecture")
     names = _names(updates, base, architecture)
     on_progress(f"{FILE_NAME}: writing")
     _write(folder / FILE_NAME, updates, names, architecture)
@@ -79,7 +83,7 @@ def _names(updates: Updates, base: BaseRef, architecture: str) -> dict[tuple[int
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(number, base.num_layers)
     return {
-        (layer, target): f"{table.get_name(f'model.layers.{layer}.mlp.{target}_proj')}.weight"
+        (layer, target): f"{table.get_name(f'model.layers.{layer}.{linear_name(target)}')}.weight"
         for layer, linears in updates.items()
         for target in linears
     }

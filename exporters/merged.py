@@ -24,13 +24,14 @@ from exporters.onnx_graph import Progress
 from exporters.options import Source
 from exporters.verify import Tally, Wanted
 from runtime.errors import ExportMismatchError, TensorMismatchError
+from runtime.model.attach import linear_name
 from runtime.model.base import load_base
 from runtime.model.manifest import TARGETS, Target
 
 _COPIED = frozenset({".json", ".jinja", ".txt", ".model"})
 """Suffixes of a base's configuration and tokenizer files."""
 
-_LINEAR = re.compile(r"(?:.*\.)?layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+_LINEAR = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:mlp|self_attn)\.(gate|up|down|q|k|v|o)_proj\.weight")
 
 
 def write_merged(source: Source, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
@@ -115,7 +116,9 @@ def _check_weights(shards: list[Path], folder: Path, mixture: ConstantMixture) -
             tally.compare(f"{shard.name}: {name}", error.numpy(), zero, len(error))
     if missing:
         layer, target = min(missing)
-        raise TensorMismatchError(f"the base has no weight model.layers.{layer}.mlp.{target}_proj.weight to fold into")
+        raise TensorMismatchError(
+            f"the base has no weight model.layers.{layer}.{linear_name(target)}.weight to fold into"
+        )
     return tally.check(), rounding
 
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
+from runtime.errors import InvalidInputError
 from runtime.model.expert import Expert
-from runtime.model.generation import Generation, Mixture
-from runtime.model.manifest import TARGETS, BaseRef, Target
+from runtime.model.generation import Generation
+from runtime.model.manifest import ATTENTION_TARGETS, FFN_TARGETS, BaseRef, Target
+from runtime.model.mixture import Mixture
 from runtime.model.repertoire import Repertoire
 
 Inputs = dict[str, torch.Tensor]
@@ -36,10 +38,13 @@ def mixture_inputs(repertoire: Repertoire, generation: Generation, tasks: Sequen
 
     Raises:
         UnknownTaskError: no such task.
+        InvalidInputError: see `check_slots`.
         RepertoireError: an expert or a router cannot be read.
     """
     manifest = generation.manifest
     mixtures = {task: generation.mixture(task) for task in dict.fromkeys(tasks) if task is not None}
+    for mixture in mixtures.values():
+        check_slots(generation, mixture)
     experts = {
         (unit.layer, entry.digest): repertoire.read_unit(entry, unit, manifest.base)
         for mixture in mixtures.values()
@@ -52,6 +57,21 @@ def mixture_inputs(repertoire: Repertoire, generation: Generation, tasks: Sequen
     stacked = {name: _stack([packed[name] for packed in layers]) for name in layers[0]}
     top_k = [1 if task is None else mixtures[task].top_k for task in tasks]
     return stacked | {"top_k": torch.tensor(top_k)}
+
+
+def check_slots(generation: Generation, mixture: Mixture) -> None:
+    """Refuse a mixture for which the graph has no slots.
+
+    Raises:
+        InvalidInputError: its router is not top-k, or one of its experts updates attention.
+    """
+    if mixture.kind != "top_k":
+        raise InvalidInputError("target", "onnx-model", f"task {mixture.task} has a router of kind {mixture.kind}")
+    for entry, unit in generation.visible_units(mixture):
+        attends = [target for target in unit.ranks if target in ATTENTION_TARGETS]
+        if attends:
+            problem = f"task {mixture.task} sees experts of {entry.task} that update {attends[0]}, beside the FFN"
+            raise InvalidInputError("target", "onnx-model", problem)
 
 
 def _pack_layer(
@@ -75,7 +95,7 @@ def _pack_layer(
         "allowed": torch.tensor([[task == column for column in owner] or [False] for task in tasks]),
     }
     here = {digest: expert for (place, digest), expert in experts.items() if place == layer}
-    for target in TARGETS:
+    for target in FFN_TARGETS:
         packed |= _pack_linear(target, columns, here, base)
     return packed
 

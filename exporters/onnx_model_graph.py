@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from exporters.block_codes import BLOCK
 from exporters.onnx_llama import ACTIVATE, FLOAT_ACTIVATIONS, LINEAR, NORM, ROTARY, linears
 from runtime.model.base import BaseModel
-from runtime.model.manifest import TARGETS
+from runtime.model.manifest import FFN_TARGETS
 
 HEAD, EMBEDDING = "head", "embedding"
 
@@ -249,7 +249,7 @@ def model_graph(base: BaseModel, first_layer: int, bits: Mapping[str, int], *, i
             num_layers=info.num_layers,
         )
     )
-    widths = {target: sizes[f"l0_{target}"] for target in TARGETS}
+    widths = {target: sizes[f"l0_{target}"] for target in FFN_TARGETS}
     updates = ", ".join(
         _UPDATE_INPUTS.format(t=target, wide=wide, narrow=narrow, **places) for target, (wide, narrow) in widths.items()
     )

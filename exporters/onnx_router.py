@@ -15,9 +15,11 @@ import torch
 from exporters.manifest import Facts, FileEntry
 from exporters.onnx_graph import Progress, build_model, write_verified
 from exporters.verify import SIZES, TOLERANCE, Case, Wanted
+from runtime.errors import InvalidInputError
 from runtime.kernels.routing import top_k_weights
-from runtime.model.generation import Generation, Mixture
+from runtime.model.generation import Generation
 from runtime.model.manifest import Manifest
+from runtime.model.mixture import Mixture
 
 _GRAPH = """
 router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {{
@@ -47,6 +49,7 @@ def write_routers(generation: Generation, folder: Path, on_progress: Progress) -
     """Write `<task>.onnx` into `folder` for every task, verified; a task that sees no expert has no router to write.
 
     Raises:
+        InvalidInputError: a router of another kind.
         ExportMismatchError: see `exporters.verify`.
     """
     entries = []
@@ -54,6 +57,8 @@ def write_routers(generation: Generation, folder: Path, on_progress: Progress) -
         visible = generation.manifest.task(mixture.task).router.visible
         if not visible:
             continue
+        if mixture.kind != "top_k":
+            raise InvalidInputError("target", "onnx-router", f"task {mixture.task} has a router of kind {mixture.kind}")
         facts: Facts = {
             "task": mixture.task,
             "columns": list(visible),

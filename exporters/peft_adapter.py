@@ -21,6 +21,7 @@ from exporters.model_check import check_logits, check_updates, load_own_base, lo
 from exporters.onnx_graph import Progress
 from exporters.options import Source
 from runtime.errors import ExportMismatchError
+from runtime.model.attach import linear_name
 from runtime.model.manifest import Target
 
 CONFIG_NAME = "adapter_config.json"
@@ -66,7 +67,7 @@ def write_adapter(source: Source, folder: Path, on_progress: Progress) -> tuple[
 
 
 def _module(layer: int, target: Target) -> str:
-    return f"model.layers.{layer}.mlp.{target}_proj"
+    return f"model.layers.{layer}.{linear_name(target)}"
 
 
 def _tensor_name(layer: int, target: Target, side: str) -> str:

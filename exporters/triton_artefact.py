@@ -39,7 +39,8 @@ from runtime.kernels.triton_mixture import (
     grouped_shrink_variant,
     rank_bucket,
 )
-from runtime.model.manifest import BaseRef, Manifest
+from runtime.model.expert import linear_widths
+from runtime.model.manifest import BaseRef, Manifest, Target
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """For float32 what summing in another order may change; else one unit in the last place, since the interpreter cuts
@@ -176,8 +177,8 @@ def _routing(size: int, num_experts: int, generator: torch.Generator) -> torch.T
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
 
 
-def _widths(base: BaseRef, target: str) -> tuple[int, int]:
-    return (base.ffn_width, base.width) if target == "down" else (base.width, base.ffn_width)
+def _widths(base: BaseRef, target: Target) -> tuple[int, int]:
+    return linear_widths(target, base)
 
 
 def _facts(variant: Variant, made: Compiled, rank: int) -> Facts:

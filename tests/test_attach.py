@@ -16,7 +16,7 @@ from runtime.model.attach import ExpertModule, MixtureFFN, attached, decoder_lay
 from runtime.model.base import BaseModel, load_base
 from runtime.model.expert import Expert, LowRank
 from runtime.model.generation import base_ref
-from runtime.model.manifest import TARGETS
+from runtime.model.manifest import FFN_TARGETS
 
 RANK, ALPHA = 4, 12.0
 IDS = torch.tensor([[1, 30, 41, 52, 63, 74, 5, 96, 107, 2]])
@@ -53,7 +53,7 @@ def test_one_task_with_one_expert_equals_lora_of_peft(tiny_base_folder: Path, ti
     with attached(tiny_base.model, ffns):
         ours = logits(tiny_base)
     other = load_base(tiny_base_folder, dtype=torch.float32, device=torch.device("cpu"))
-    names = [f"{target}_proj" for target in TARGETS]
+    names = [f"{target}_proj" for target in FFN_TARGETS]
     peft = get_peft_model(other.model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)).eval()
     with torch.no_grad():
         for i, layer in enumerate(decoder_layers(other.model)):

@@ -30,7 +30,7 @@ from runtime.model.attach import attached, load_mixture
 from runtime.model.base import BaseModel, load_base
 from runtime.model.expert import LowRank
 from runtime.model.generation import open_generation
-from runtime.model.manifest import TARGETS
+from runtime.model.manifest import FFN_TARGETS
 from runtime.model.repertoire import Repertoire
 
 IDS = torch.tensor([[1, 30, 41, 52, 63, 74, 5, 96, 107, 2]])
@@ -63,7 +63,7 @@ def merged_by_hand(workshop: Workshop, folder: Path, weights: dict[int, dict[str
             entry = manifest.expert_set(manifest.task(task).experts or "")
             unit = next(unit for unit in entry.units if unit.layer == layer)
             expert = workshop.repertoire.read_unit(entry, unit, manifest.base)
-            for target in TARGETS:
+            for target in FFN_TARGETS:
                 update = expert.updates[target]
                 linear = model.model.layers[layer].mlp.get_submodule(f"{target}_proj")
                 linear.weight.data += weight * expert.scale * update.b @ update.a
@@ -121,7 +121,7 @@ def test_an_adapter_scales_by_one_everywhere_and_leaves_out_layers_without_exper
     done = export(tasks.repertoire, "peft", options=order(tiny_base_folder, weights=GIVEN))
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (12, 12)
-    layer_3 = {f"model.layers.3.mlp.{target}_proj": 14 for target in TARGETS}
+    layer_3 = {f"model.layers.3.mlp.{target}_proj": 14 for target in FFN_TARGETS}
     assert config["rank_pattern"] == config["alpha_pattern"] == layer_3
     assert config["layers_to_transform"] == [2, 3]
     assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
@@ -150,7 +150,7 @@ def test_a_merged_folder_changes_the_experts_linears_alone_and_keeps_the_dtype(
     done = export(workshop.repertoire, "merged", options=order(folder, task="red"))
     merged = load_file(done.folder / "model.safetensors")
     changed = {name for name, tensor in merged.items() if not torch.equal(tensor, stored[name])}
-    assert changed == {f"model.layers.{layer}.mlp.{target}_proj.weight" for layer in (2, 3) for target in TARGETS}
+    assert changed == {f"model.layers.{layer}.mlp.{target}_proj.weight" for layer in (2, 3) for target in FFN_TARGETS}
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
         assert (done.folder / name).read_bytes() == (folder / name).read_bytes()
@@ -170,7 +170,7 @@ def test_a_gguf_adapter_holds_the_updates_under_the_names_of_llama_cpp(
     tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     assert len(tensors) == 2 * 3 * len(weights)
     for layer in weights:
-        for target in TARGETS:
+        for target in FFN_TARGETS:
             a, b = (tensors[f"blk.{layer}.ffn_{target}.weight.lora_{side}"] for side in "ab")
             path = f"model.layers.{layer}.mlp.{target}_proj.weight"
             delta = wanted.get_parameter(path) - base.get_parameter(path)

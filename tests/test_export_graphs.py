@@ -23,9 +23,10 @@ from runtime.errors import (
     InvalidInputError,
 )
 from runtime.kernels.routing import top_k_weights
-from runtime.model.generation import Generation, Router, open_generation
+from runtime.model.generation import Generation, open_generation
 from runtime.model.locator import Locator, pool, vae_shapes
 from runtime.model.manifest import LocatorEntry
+from runtime.model.mixture import Router
 
 WIDTH = 64
 

@@ -30,7 +30,7 @@ from runtime.engine.engine import Engine
 from runtime.errors import BaseMismatchError, ExportMismatchError, InvalidInputError
 from runtime.model.base import load_base
 from runtime.model.generation import open_generation
-from runtime.model.manifest import TARGETS
+from runtime.model.manifest import FFN_TARGETS
 from runtime.model.repertoire import Repertoire
 
 NUM_TOKENS = 64
@@ -162,7 +162,7 @@ def test_a_base_whose_head_is_its_embedding_has_the_table_once(
 def test_an_expert_that_several_tasks_of_a_batch_see_is_packed_once(three_tasks: Workshop) -> None:
     packed = slots(three_tasks, "green", "blue", None)
     assert packed["router"].shape == (2, 5, 64)  # green's two columns and blue's three
-    for target in TARGETS:
+    for target in FFN_TARGETS:
         assert packed[f"{target}_a"].shape[:2] == (2, 4 + 2 + 8)
     assert packed["allowed"].sum(2).tolist() == [[2, 3, 0], [2, 3, 0]]
 

@@ -18,12 +18,13 @@ from safetensors.torch import save
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.expert import pack_expert_set
-from runtime.model.generation import base_ref, check_base, router_tensor_name
+from runtime.model.generation import base_ref, check_base
 from runtime.model.locator import frame_shapes
 from runtime.model.manifest import BaseRef, ExpertSet, LocatorEntry, LocatorRef, Manifest, RouterRef, Task
 from runtime.model.names import check_name
 from runtime.model.prompt import PromptTemplate, default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.routers import router_tensor_name
 from runtime.model.signature import Signer
 from training.batches import encode_row
 from training.config import TrainingConfig

@@ -10,6 +10,7 @@ import time
 
 import transformers
 
+from runtime.engine.direction import check_direction
 from runtime.engine.grammar import Grammars
 from runtime.engine.kv import KVCache
 from runtime.engine.request import Request
@@ -48,12 +49,12 @@ class Arrival:
         """The sequence of a request, with its further choices.
 
         Raises:
-            InvalidInputError: the prompt is empty or too long, more choices than can run, or a bad constraint.
+            InvalidInputError: the prompt is empty or too long, more choices than can run, a bad constraint, or a
+                wish that no router can follow.
             UnknownTaskError, RepertoireError: the pinned task does not exist or is quarantined.
             BudgetError, DeadlineError.
         """
-        if request.task is not None:
-            generation.mixture(request.task)
+        check_direction(request, generation)
         num_choices = request.sampling.n
         if num_choices > self._max_choices:
             raise InvalidInputError("n", num_choices, f"at most {self._max_choices} sequences run at once")

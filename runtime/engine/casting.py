@@ -12,9 +12,10 @@ import time
 
 import torch
 
+from runtime.engine.direction import directed, settled
 from runtime.engine.located import located
 from runtime.engine.sequence import Phase, Sequence
-from runtime.errors import GreenroomError
+from runtime.errors import GreenroomError, InvalidInputError
 from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
 from runtime.model.locator import pool
@@ -53,7 +54,15 @@ class Casting:
     def begin(self, sequence: Sequence) -> None:
         """Fix the mixture of a sequence that has just left the queue, where its request names it."""
         request = sequence.request
-        if not request.locate_only and (request.task is not None or request.base_only):
+        if request.locate_only or (request.task is None and not request.base_only):
+            return
+        mixture = sequence.generation.mixtures[request.task] if request.task is not None else None
+        if mixture is not None and mixture.by_request:  # fixed at `decide`; its experts may be read before
+            mixture = directed(request, mixture)
+            assert mixture is not None, "a direction makes a mixture of a mixture"
+            sequence.guessed_task = mixture.task
+            sequence.guess = self._memory.prefetch(sequence.generation.visible_units(mixture))
+        else:
             self._fix(sequence, request.task)
 
     def decide(self, sequence: Sequence) -> None:
@@ -67,7 +76,7 @@ class Casting:
         if sequence.guess is not None and sequence.guessed_task != task:
             sequence.guess.cancel()
         self._fix(sequence, task)
-        if request.locate_only:
+        if request.locate_only and sequence.phase is not Phase.ENDED:
             sequence.emit(located(sequence))
             sequence.finish("located")
 
@@ -125,4 +134,9 @@ class Casting:
         sequence.decided_at = time.monotonic()
         if task is not None:
             sequence.mixture = sequence.generation.mixtures[task]
-            sequence.awaits_experts = not sequence.request.locate_only
+        try:
+            sequence.mixture = settled(directed(sequence.request, sequence.mixture), sequence.residual)
+        except InvalidInputError as error:
+            sequence.fail(error)
+        else:
+            sequence.awaits_experts = sequence.mixture is not None and not sequence.request.locate_only

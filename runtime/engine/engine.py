@@ -299,6 +299,9 @@ class Engine:
         if not self._speaking.acquire_slots(sequence):
             return False
         self._casting.begin(sequence)
+        if not sequence.decided and sequence.generation.manifest.first_layer == 0:  # no layer runs before the experts
+            sequence.residual = self._model.embed(torch.tensor(sequence.prompt, device=self._model.device))
+            self._casting.decide(sequence)
         return True
 
     def _give_back(self, sequence: Sequence) -> None:

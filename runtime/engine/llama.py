@@ -1,4 +1,4 @@
-"""Our own step for Llama-family models: fused projections over a flat list of tokens, with the mixture in the FFN.
+"""Our own step for Llama-family models: fused projections over a flat list of tokens, with mixtures in the linears.
 
 It knows nothing of requests; the runner says which tokens enter which range of layers.
 Read first: `run_layers` changes the residual stream in place; every linear sees all tokens of the step at once, and
@@ -15,10 +15,10 @@ from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
 from runtime.engine.attention import AttentionPlan
+from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache, KVShape
 from runtime.engine.stage import Stage, StagedLayer
 from runtime.errors import InvalidInputError
-from runtime.kernels.mixture import add_mixture
 from runtime.model.manifest import Target
 
 SUPPORTED = ("llama",)
@@ -40,16 +40,13 @@ class MixtureRows:
 
     Args:
         stage: what is packed.
-        rows: [T] int64, row in `Stage.top_k` and in `StagedLayer.allowed`.
+        rows: [T] int64, row in `Stage.rows`.
+        watch: gets the weights of the tokens it asks for; None where nobody does.
     """
 
     stage: Stage
     rows: torch.Tensor
-
-    @property
-    def top_k(self) -> torch.Tensor:
-        """[T] int64, experts per token."""
-        return self.stage.top_k[self.rows]
+    watch: RouteWatch | None = None
 
 
 class LlamaModel:
@@ -84,6 +81,9 @@ class LlamaModel:
         self.num_heads = int(config.num_attention_heads)
         self.num_kv_heads = int(config.num_key_value_heads)
         self.head_width = int(getattr(config, "head_dim", None) or self.width // self.num_heads)
+        attention_width, kv_width = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        self._heights: dict[Target, int] = {"q": attention_width, "k": kv_width, "v": kv_width}
+        self._heights |= {"o": self.width, "gate": self.ffn_width, "up": self.ffn_width, "down": self.width}
         positions = torch.arange(max_context, device=self.device).unsqueeze(0)
         cos, sin = model.model.rotary_emb(self.embedding[:1].float(), positions)
         self.cos, self.sin = cos[0].to(self.dtype), sin[0].to(self.dtype)
@@ -128,36 +128,40 @@ class LlamaModel:
             mixtures: None where all of these layers are base-only.
         """
         cos, sin = (table[plan.positions].unsqueeze(1) for table in (self.cos, self.sin))
-        top_k = mixtures.top_k if mixtures else None
         for index in layers:
             layer = self.layers[index]
-            q, k, v = self._qkv(linear(self._norm(hidden, layer.attention_norm), layer.qkv), cos, sin)
-            hidden += linear(plan.attend(cache, index, q, k, v), layer.out)
-            x = self._norm(hidden, layer.ffn_norm)
             staged = mixtures.stage.layers.get(index) if mixtures else None
-            if staged is None:
-                gate, up = linear(x, layer.gate_up).chunk(2, dim=1)
-                hidden += linear(silu(gate) * up, layer.down)
-            else:
-                assert mixtures is not None and top_k is not None, "a staged layer belongs to mixtures"  # noqa: PT018
-                weights = staged.route(x, mixtures.rows, top_k, mixtures.stage.k_max)
-                hidden += self._mixed_ffn(layer, staged, x, weights)
+            x = self._norm(hidden, layer.attention_norm)
+            weights = _weigh(mixtures, staged, x) if staged and staged.attends else None
+            fused = self._mixed(staged, ("q", "k", "v"), x, layer.qkv, weights)
+            attended = plan.attend(cache, index, *self._qkv(fused, cos, sin))
+            hidden += self._mixed(staged, ("o",), attended, layer.out, weights)
+            x = self._norm(hidden, layer.ffn_norm)
+            weights = _weigh(mixtures, staged, x) if staged else None
+            gate, up = self._mixed(staged, ("gate", "up"), x, layer.gate_up, weights).chunk(2, dim=1)
+            hidden += self._mixed(staged, ("down",), silu(gate) * up, layer.down, weights)
+            if mixtures and mixtures.watch and weights is not None:
+                mixtures.watch.note(index, weights)
 
-    def _mixed_ffn(self, layer: _Layer, staged: StagedLayer, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        fused = linear(x, layer.gate_up)
-        gate, up = fused[:, : self.ffn_width], fused[:, self.ffn_width :]
-        self._add(staged, "gate", gate, x, weights)
-        self._add(staged, "up", up, x, weights)
-        inner = silu(gate) * up
-        y = linear(inner, layer.down)
-        self._add(staged, "down", y, inner, weights)
+    def _mixed(
+        self,
+        staged: StagedLayer | None,
+        targets: tuple[Target, ...],
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`W x` of the fused linears `targets`, one after the other in the result, with their experts' updates."""
+        y = linear(x, weight)
+        update = staged.updates.get(targets) if staged else None
+        if update is not None and weights is not None:
+            shrunk = update.shrink(x, weights)
+            begin = 0
+            for target in targets:
+                end = begin + self._heights[target]
+                update.expand(target, y[:, begin:end], shrunk)
+                begin = end
         return y
-
-    @staticmethod
-    def _add(staged: StagedLayer, target: Target, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
-        update = staged.updates.get(target)
-        if update is not None:
-            add_mixture(y, x, update, weights @ staged.spread[target])
 
     def _qkv(
         self, fused: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -171,6 +175,11 @@ class LlamaModel:
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, (self.width,), weight, self.epsilon)
+
+
+def _weigh(mixtures: MixtureRows | None, staged: StagedLayer, x: torch.Tensor) -> torch.Tensor:
+    assert mixtures is not None, "a staged layer belongs to mixtures"
+    return staged.router.weigh(x, mixtures.rows)
 
 
 def _fuse(module: Any) -> _Layer:  # noqa: ANN401 - transformers does not type its modules

@@ -8,6 +8,7 @@ number of `TokenDelta`, in order.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +21,7 @@ MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 4_096
+MAX_GROUP_BIAS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,9 @@ class Request:
         sampling: see `SamplingParams`.
         deadline: absolute, on the clock of `time.monotonic()`; None waits for ever.
         keep_logits: return the logits of every generated token in `Finished` (proofs and tests).
+        group_bias: group -> what is added to its logit in every layer, -100 to 100; of a task with a grouped router.
+        group_mask: groups that get no weight at all.
+        explain: return the mean weights of groups and experts in `Finished`.
     """
 
     request_id: str
@@ -133,6 +138,9 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     deadline: float | None = None
     keep_logits: bool = False
+    group_bias: Mapping[str, float] = field(default_factory=dict)
+    group_mask: frozenset[str] = frozenset()
+    explain: bool = False
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -141,6 +149,14 @@ class Request:
             raise InvalidInputError("task", self.task, "cannot be pinned together with base_only")
         if self.keep_logits and self.sampling.n > 1:
             raise InvalidInputError("keep_logits", self.keep_logits, "is for requests with a single choice")
+        if self.base_only or self.locate_only:
+            how = "base_only" if self.base_only else "locate_only"
+            for name in ("group_bias", "group_mask", "explain"):
+                if getattr(self, name):
+                    raise InvalidInputError(name, getattr(self, name), f"means nothing together with {how}")
+        for group, shift in self.group_bias.items():
+            if not -MAX_GROUP_BIAS <= shift <= MAX_GROUP_BIAS:
+                raise InvalidInputError(f"group_bias[{group}]", shift, f"must be within +-{MAX_GROUP_BIAS:g}")
 
 
 @dataclass(frozen=True)
@@ -247,6 +263,21 @@ FinishReason = Literal["stop", "length", "located"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """How much each expert and group of one layer had to say, on average over the tokens of an answer.
+
+    Args:
+        layer: index.
+        experts: digest of the expert set -> mean weight.
+        groups: name of the group -> sum of its experts' mean weights; empty for routers without groups.
+    """
+
+    layer: int
+    experts: Mapping[str, float]
+    groups: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """The last event of a request that was answered.
 
@@ -256,12 +287,14 @@ class Finished:
         other_reasons: of the choices after the first.
         usage: counts and times.
         logits: bytes of float32 [tokens, vocabulary] where `keep_logits` was set, else empty.
+        explanation: of every layer with experts where `explain` was set, else empty.
     """
 
     reason: FinishReason
     usage: Usage
     other_reasons: tuple[FinishReason, ...] = ()
     logits: bytes = b""
+    explanation: tuple[LayerWeights, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from itertools import pairwise
 import torch
 
 from runtime.engine.attention import AttentionPlan, Segment
+from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel, MixtureRows
 from runtime.engine.sequence import Sequence
 from runtime.engine.stage import LayerPacks, Stage
 from runtime.engine.step import PromptPart, Step
-from runtime.model.generation import Mixture
+from runtime.model.mixture import Mixture
 
 
 @dataclass
@@ -33,6 +34,13 @@ class _Flow:
     def owners(self) -> tuple[Sequence, ...]:
         """The sequence of each token."""
         return self.sequences if self.part is None else self.sequences * self.part.length
+
+    def answering(self) -> list[bool]:
+        """Of each token whether a token of the answer comes of it: all that decode, and the last of a prompt."""
+        if self.part is None:
+            return [True] * len(self.sequences)
+        last = self.part.start + self.part.length == len(self.part.sequence.prompt)
+        return [*([False] * (self.part.length - 1)), last]
 
 
 class StepRunner:
@@ -87,6 +95,8 @@ class StepRunner:
         mixtures = self._mixtures(flows) if layers.stop > self._first_layer else None
         plan = AttentionPlan(decoding, segments, self._model.device)
         self._model.run_layers(hidden, layers, plan, self._cache, mixtures)
+        if mixtures is not None and mixtures.watch is not None:
+            mixtures.watch.tell(mixtures.stage)
         if len(flows) > 1:
             begin = 0
             for flow in flows:
@@ -100,12 +110,19 @@ class StepRunner:
                 needed.setdefault(sequence.mixture.digest, (sequence.mixture, sequence))
         mixtures = []
         # Ordered by task name, so that the same batch is packed alike in every generation that holds its tasks.
-        for mixture, sequence in sorted(needed.values(), key=lambda pair: pair[0].task):
+        for mixture, sequence in sorted(needed.values(), key=lambda pair: (pair[0].task, pair[0].variant)):
             assert sequence.reservation is not None, "a sequence in the expert layers holds its experts"
             mixtures.append((mixture, sequence.reservation.expert))
         stage = Stage(mixtures, self._packs)
-        rows = [stage.row(sequence.mixture) for flow in flows for sequence in flow.owners()]
-        return MixtureRows(stage, torch.tensor(rows, device=self._model.device))
+        owners = [sequence for flow in flows for sequence in flow.owners()]
+        rows = [stage.row(sequence.mixture) for sequence in owners]
+        answering = [answers for flow in flows for answers in flow.answering()]
+        told = {
+            token: (sequence.explanation, rows[token])
+            for token, sequence in enumerate(owners)
+            if sequence.request.explain and answering[token]
+        }
+        return MixtureRows(stage, torch.tensor(rows, device=self._model.device), RouteWatch(told) if told else None)
 
     def _finish(self, flows: list[_Flow]) -> tuple[list[Sequence], torch.Tensor]:
         ended: list[tuple[Sequence, torch.Tensor]] = []

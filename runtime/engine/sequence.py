@@ -17,14 +17,16 @@ from enum import Enum, auto
 import torch
 from tokenizers import Tokenizer
 
+from runtime.engine.explain import Explanation
 from runtime.engine.matcher import Matcher
 from runtime.engine.request import Event, Failed, Finished, FinishReason, Request, TokenDelta, Usage
 from runtime.engine.sampling import Chosen, Sampler
 from runtime.engine.text import TextStream
 from runtime.errors import GreenroomError
 from runtime.memory.reservation import Prefetch, Reservation
-from runtime.model.generation import Generation, Mixture
+from runtime.model.generation import Generation
 from runtime.model.locator import Decision
+from runtime.model.mixture import Mixture
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +100,7 @@ class Sequence:
         self.stalled_since: float | None = None
         self.guess: Prefetch | None = None
         self.guessed_task: str | None = None
+        self.explanation: Explanation = leader.explanation if leader else Explanation()
         self.on_end: Callable[[Sequence], None] = lambda _sequence: None
         self._sink = sink
         self.choices: list[Sequence] = leader.choices if leader else []
@@ -189,7 +192,10 @@ class Sequence:
         """The last event of the request, for its first choice to make."""
         reason, *others = (choice._reason for choice in self.choices)  # noqa: SLF001 - a sequence of the same request
         logits = torch.stack(self._logits).numpy().tobytes() if self._logits else b""
-        return Finished(reason=reason, other_reasons=tuple(others), usage=self.usage(), logits=logits)
+        explanation = self.explanation.layers() if self.request.explain else ()
+        return Finished(
+            reason=reason, other_reasons=tuple(others), usage=self.usage(), logits=logits, explanation=explanation
+        )
 
     def usage(self) -> Usage:
         """What the request took, for its first choice to tell."""

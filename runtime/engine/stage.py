@@ -3,23 +3,53 @@
 It knows nothing of sequences or memory tiers; it is built from mixtures and their reserved experts.
 Read first: a layer is packed when a step first enters it, and again only when the set of mixtures there has changed; so
 a stage can exist while experts of later layers are still being read. An expert that several mixtures see is packed
-once; every mixture keeps its own router columns. Row 0 of `allowed` is the plain base model: it allows no column.
+once; every mixture keeps its own router columns (`runtime.engine.staged_router`). Row 0 is the plain base model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from runtime.kernels.mixture import PackedUpdate, pack
-from runtime.kernels.routing import top_k_weights
+from runtime.engine.staged_router import StagedColumn, StagedRouter, stage_router
+from runtime.kernels.mixture import shrink
 from runtime.model.expert import Expert
-from runtime.model.generation import Mixture
-from runtime.model.manifest import TARGETS, Target
+from runtime.model.manifest import ATTENTION_TARGETS, Target
+from runtime.model.mixture import Mixture
 
 FetchExpert = Callable[[str, int], Expert]
+
+INPUTS: tuple[tuple[Target, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""The linears of a layer, those together that read the same input."""
+
+
+@dataclass(frozen=True)
+class StagedUpdate:
+    """The updates of the linears that read one input, packed along the rank.
+
+    Args:
+        a: [S, in], the rows of all A, of one linear after the other.
+        b: per linear the first of its rows, the one behind its last, and the columns of its `scale * B` as rows [*, H].
+        owners: digest of the expert of every row, S of them.
+        spread: [C, S] float32, 1 where column c scores the expert that owns row s.
+    """
+
+    a: torch.Tensor
+    b: Mapping[Target, tuple[int, int, torch.Tensor]]
+    owners: tuple[str, ...]
+    spread: torch.Tensor
+
+    def shrink(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`(A x)` times the weights of the rows' experts: x [T, in], weights [T, C] -> [T, S], in the dtype of x."""
+        return shrink(x, self.a, weights @ self.spread)
+
+    def expand(self, target: Target, y: torch.Tensor, shrunk: torch.Tensor) -> None:
+        """Add the update of one linear to its output `y` [T, H], in place; nothing where no expert has one."""
+        if target in self.b:
+            begin, end, b = self.b[target]
+            y.addmm_(shrunk[:, begin:end], b)
 
 
 @dataclass(frozen=True)
@@ -27,20 +57,24 @@ class StagedLayer:
     """One layer: C router columns over the packed experts.
 
     Args:
-        router: [C, D] float32.
-        allowed: [1 + mixtures, C] bool.
-        updates: per target, the packed experts.
-        spread: per target [C, sum R] float32, 1 where column c scores the expert that owns rank row r.
+        router: of all mixtures.
+        experts: digest -> what is packed, each once, in the order of packing.
+        updates: for every entry of `INPUTS` that an expert updates.
     """
 
-    router: torch.Tensor
-    allowed: torch.Tensor
-    updates: dict[Target, PackedUpdate]
-    spread: dict[Target, torch.Tensor]
+    router: StagedRouter
+    experts: Mapping[str, Expert]
+    updates: Mapping[tuple[Target, ...], StagedUpdate]
 
-    def route(self, x: torch.Tensor, rows: torch.Tensor, k: torch.Tensor, k_max: int) -> torch.Tensor:
-        """Weights [T, C] of the tokens `x` [T, D]; `rows` [T] names each token's row of `allowed`."""
-        return top_k_weights(x.float() @ self.router.t(), self.allowed[rows], k, k_max)
+    @property
+    def columns(self) -> tuple[StagedColumn, ...]:
+        """Which mixture and expert every column belongs to."""
+        return self.router.columns
+
+    @property
+    def attends(self) -> bool:
+        """Whether an expert updates the attention of this layer."""
+        return any(target in ATTENTION_TARGETS for inputs in self.updates for target in inputs)
 
 
 class LayerPacks:
@@ -63,7 +97,7 @@ class LayerPacks:
         if held is not None and held[0] == names:
             return held[1]
         self._packs.pop(layer, None)  # before the next is made: never two of a layer
-        made = _stage_layer(layer, mixtures, self._dtype, self.device)
+        made = _stage_layer(layer, mixtures, held[1] if held else None, self._dtype, self.device)
         self._packs[layer] = (names, made)
         return made
 
@@ -100,50 +134,66 @@ class Stage:
 
     def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: LayerPacks) -> None:
         self.rows = {mixture.digest: 1 + i for i, (mixture, _) in enumerate(mixtures)}
-        top_k = [1, *(mixture.top_k for mixture, _ in mixtures)]
-        self.top_k = torch.tensor(top_k, device=packs.device)
-        self.k_max = max(top_k)
         self.layers: Mapping[int, StagedLayer] = _Layers(mixtures, packs)
 
     def row(self, mixture: Mixture | None) -> int:
-        """The row of `allowed` for a mixture, 0 for the plain base model."""
+        """The row of a mixture, 0 for the plain base model."""
         return 0 if mixture is None else self.rows[mixture.digest]
 
 
 def _stage_layer(
-    layer: int, mixtures: Sequence[tuple[Mixture, FetchExpert]], dtype: torch.dtype, device: torch.device
+    layer: int,
+    mixtures: Sequence[tuple[Mixture, FetchExpert]],
+    held: StagedLayer | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> StagedLayer:
+    """Pack a layer; where `held` has the same experts in the same order, only the routers are packed anew."""
     experts: dict[str, Expert] = {}
-    columns: list[str] = []
-    weights: list[torch.Tensor] = []
-    members: list[tuple[int, int, int]] = []
-    for row, (mixture, fetch) in enumerate(mixtures, start=1):
-        router = mixture.routers.get(layer)
-        if router is None:
-            continue
-        for digest in router.experts:
-            if digest not in experts:
-                experts[digest] = fetch(digest, layer)
-        members.append((row, len(columns), len(columns) + len(router.experts)))
-        columns += router.experts
-        weights.append(router.weight)
-    allowed = torch.zeros(1 + len(mixtures), len(columns), dtype=torch.bool)
-    for row, begin, end in members:
-        allowed[row, begin:end] = True
-    updates: dict[Target, PackedUpdate] = {}
-    spread: dict[Target, torch.Tensor] = {}
-    for target in TARGETS:
-        owners = [digest for digest, expert in experts.items() if target in expert.updates]
-        if not owners:
-            continue
-        parts = [experts[digest].updates[target] for digest in owners]
-        updates[target] = pack(
-            [part.a for part in parts],
-            [part.b for part in parts],
-            [experts[digest].scale for digest in owners],
-            dtype=dtype,
-            device=device,
-        )
-        scores = torch.tensor([[float(column == owner) for owner in owners] for column in columns], device=device)
-        spread[target] = scores[:, updates[target].owner]
-    return StagedLayer(torch.cat(weights).to(device), allowed.to(device), updates, spread)
+    for mixture, fetch in mixtures:
+        if layer in mixture.routers:
+            for digest in mixture.routers[layer].experts:
+                if digest not in experts:
+                    experts[digest] = fetch(digest, layer)
+    router = stage_router(layer, [mixture for mixture, _ in mixtures], device)
+    if held is not None and tuple(held.experts) == tuple(experts):
+        again = {
+            inputs: replace(update, spread=_spread(experts, router.columns, update.owners).to(device))
+            for inputs, update in held.updates.items()
+        }
+        return StagedLayer(router, held.experts, again)
+    updates = {}
+    for inputs in INPUTS:
+        if any(target in expert.updates for expert in experts.values() for target in inputs):
+            updates[inputs] = _pack(inputs, experts, router.columns, dtype, device)
+    return StagedLayer(router, experts, updates)
+
+
+def _pack(
+    inputs: Sequence[Target],
+    experts: Mapping[str, Expert],
+    columns: Sequence[StagedColumn],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StagedUpdate:
+    a: list[torch.Tensor] = []
+    owners: list[str] = []
+    b: dict[Target, tuple[int, int, torch.Tensor]] = {}
+    for target in inputs:
+        begin, parts = len(owners), []
+        for digest, expert in experts.items():
+            if target in expert.updates:
+                update = expert.updates[target]
+                a.append(update.a.to(device, dtype))
+                parts.append((update.b.t().float() * expert.scale).to(device, dtype))
+                owners += [digest] * update.rank
+        if parts:
+            b[target] = (begin, len(owners), torch.cat(parts))
+    return StagedUpdate(torch.cat(a), b, tuple(owners), _spread(experts, columns, owners).to(device))
+
+
+def _spread(experts: Mapping[str, Expert], columns: Sequence[StagedColumn], owners: Sequence[str]) -> torch.Tensor:
+    order = {digest: place for place, digest in enumerate(experts)}
+    owner = torch.tensor([order[digest] for digest in owners])
+    scored = torch.tensor([order[column.expert] for column in columns])
+    return (scored.unsqueeze(1) == owner).float()

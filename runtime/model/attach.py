@@ -1,27 +1,34 @@
-"""A mixture attached to a Hugging Face model: the FFN of a layer with its experts and its router, as one module.
+"""A mixture attached to a Hugging Face model: a layer's FFN and attention with its experts and its router, as modules.
 
 It knows nothing of engines, caches or batches of several tasks; training and verification use it, on any causal LM
-whose FFN has `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
-Read first: the router decides once per token and layer, and its weights apply inside each of the three linears.
+whose FFN has `gate_proj`, `up_proj`, `down_proj` and `act_fn`, and whose attention, where experts update it, has
+`q_proj`, `k_proj`, `v_proj` and `o_proj`.
+Read first: the router decides once per token for the FFN and, where there are experts for it, once for the attention,
+from the input of each; its weights apply inside every linear of the block.
 `attached` is the way to run a model with a mixture; `load_mixture` makes one of what a repertoire holds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from runtime.errors import TensorMismatchError
+from runtime.errors import InvalidInputError, TensorMismatchError
 from runtime.kernels.routing import top_k_weights
-from runtime.model.expert import Expert, LowRank
+from runtime.model.expert import Expert, LowRank, linear_widths
 from runtime.model.generation import Generation
-from runtime.model.manifest import TARGETS, BaseRef, Target
+from runtime.model.manifest import ATTENTION_TARGETS, FFN_TARGETS, TARGETS, BaseRef, Target
+from runtime.model.mixture import Mixture, Router, weigh
 from runtime.model.repertoire import Repertoire
+
+Weigh = Callable[[torch.Tensor], torch.Tensor]
+"""Tokens [T, D] -> weights of the experts [T, E] float32."""
 
 
 class ExpertModule(nn.Module):
@@ -45,18 +52,31 @@ class ExpertModule(nn.Module):
         return Expert(layer=self.layer, scale=self.scale, updates=updates)
 
 
-def fresh_expert(layer: int, *, rank: int, alpha: float, base: BaseRef, generator: torch.Generator) -> Expert:
+def linear_name(target: Target) -> str:
+    """Name of a linear within a decoder layer of `transformers`."""
+    return f"self_attn.{target}_proj" if target in ATTENTION_TARGETS else f"mlp.{target}_proj"
+
+
+def fresh_expert(
+    layer: int,
+    *,
+    rank: int,
+    alpha: float,
+    base: BaseRef,
+    generator: torch.Generator,
+    targets: Sequence[Target] = FFN_TARGETS,
+) -> Expert:
     """A new expert that changes nothing yet: A uniform in `+-1/sqrt(in)`, B zero, scale alpha/R (LoRA, as in PEFT)."""
     updates: dict[Target, LowRank] = {}
-    for target in TARGETS:
-        wide, narrow = (base.ffn_width, base.width) if target == "down" else (base.width, base.ffn_width)
+    for target in targets:
+        wide, narrow = linear_widths(target, base)
         a = (torch.rand(rank, wide, generator=generator) * 2 - 1) / math.sqrt(wide)
         updates[target] = LowRank(a, torch.zeros(narrow, rank))
     return Expert(layer=layer, scale=alpha / rank, updates=updates)
 
 
 class MixtureFFN(nn.Module):
-    """An FFN with E visible experts and a top-k router.
+    """An FFN with E visible experts and a router.
 
     `w = top_k_weights(W x)`; each linear gives `W0 x + sum_e w_e * scale_e * B_e A_e x`; the FFN is
     `down(act(gate(x)) * up(x))` of these (LLaVA-CMoE: experts in the FFN; one decision per token and layer: ours).
@@ -66,11 +86,23 @@ class MixtureFFN(nn.Module):
         experts: E visible experts.
         router: W [E, D] float32; a Parameter is trained.
         top_k: K.
+        weigh: another way to weights than `top_k_weights(W x)`; `router` is then of no use, and `logits` is not set.
 
     After a forward pass `logits` and `weights` ([T, E], of the last pass) are there for losses and reports.
     """
 
-    def __init__(self, ffn: nn.Module, experts: Sequence[ExpertModule], router: torch.Tensor, *, top_k: int) -> None:
+    attention: MixtureAttention | None = None
+    """The attention of the same layer where experts update it; see `mixture_layer`."""
+
+    def __init__(
+        self,
+        ffn: nn.Module,
+        experts: Sequence[ExpertModule],
+        router: torch.Tensor,
+        *,
+        top_k: int,
+        weigh: Weigh | None = None,
+    ) -> None:
         super().__init__()
         for part in ("gate_proj", "up_proj", "down_proj", "act_fn"):
             if not hasattr(ffn, part):
@@ -81,21 +113,32 @@ class MixtureFFN(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.router = router if isinstance(router, nn.Parameter) else nn.Parameter(router, requires_grad=False)
         self.top_k = top_k
+        self.weigh = weigh
         self.logits: torch.Tensor
         self.weights: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
         flat = x.reshape(-1, x.shape[-1])
-        self.logits = flat.float() @ self.router.t()
-        k = torch.full((flat.shape[0],), self.top_k, device=flat.device)
-        allowed = torch.ones_like(self.logits, dtype=torch.bool)
-        self.weights = top_k_weights(self.logits, allowed, k, self.top_k)
+        self.weights = self.route(flat)
         hidden = self.ffn.act_fn(self._linear("gate", flat)) * self._linear("up", flat)  # type: ignore[operator]
         return self._linear("down", hidden).view_as(x)
 
+    def route(self, flat: torch.Tensor) -> torch.Tensor:
+        """Weights [T, E] for the inputs [T, D] of the block; sets `logits` where the router is top-k."""
+        if self.weigh is not None:
+            return self.weigh(flat)
+        self.logits = flat.float() @ self.router.t()
+        k = torch.full((flat.shape[0],), self.top_k, device=flat.device)
+        allowed = torch.ones_like(self.logits, dtype=torch.bool)
+        return top_k_weights(self.logits, allowed, k, self.top_k)
+
     def _linear(self, target: Target, x: torch.Tensor) -> torch.Tensor:
         y = cast("torch.Tensor", getattr(self.ffn, f"{target}_proj")(x))
+        return self.updated(target, x, y, self.weights)
+
+    def updated(self, target: Target, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`y + sum_e weights_e * scale_e * B_e A_e x`: x [T, in], y [T, out]."""
         modules = [cast("ExpertModule", module) for module in self.experts]
         members = [(e, module) for e, module in enumerate(modules) if target in module.targets]
         if not members:
@@ -106,7 +149,57 @@ class MixtureFFN(nn.Module):
             torch.tensor([e for e, _ in members], device=x.device),
             torch.tensor([module.a[target].shape[0] for _, module in members], device=x.device),
         )
-        return y + ((x @ a.t()).float() * self.weights[:, owner]).to(x.dtype) @ b
+        return y + ((x @ a.t()).float() * weights[:, owner]).to(x.dtype) @ b
+
+
+class MixtureAttention(nn.Module):
+    """An attention whose linears carry the updates of a mixture's experts; router and experts are those of its FFN.
+
+    `w = route(x)` of the attention's own input x, which `q`, `k` and `v` read; `o` gets the same weights (ours).
+    After a forward pass `weights` ([T, E]) is there for reports.
+    """
+
+    def __init__(self, attention: nn.Module, mixture: MixtureFFN, targets: Sequence[Target]) -> None:
+        super().__init__()
+        missing = [target for target in targets if not hasattr(attention, f"{target}_proj")]
+        if missing:
+            raise TensorMismatchError(f"{type(attention).__name__} has no {missing[0]}_proj to attach experts to")
+        self.attention = attention
+        self.targets = tuple(targets)
+        self._mixture = (mixture,)  # in a tuple: not a part of this module, which is a part of that one's layer
+        self.weights: torch.Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the attention takes and gives
+        """As the attention's own, with the experts' updates."""
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.weights = self._mixture[0].route(x.reshape(-1, x.shape[-1]))
+        handles = [
+            getattr(self.attention, f"{target}_proj").register_forward_hook(partial(self._update, target))
+            for target in self.targets
+        ]
+        try:
+            return self.attention(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _update(
+        self, target: Target, _module: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor
+    ) -> torch.Tensor:
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        return self._mixture[0].updated(target, x, y.reshape(-1, y.shape[-1]), self.weights).view_as(y)
+
+
+def mixture_layer(
+    layer: nn.Module, experts: Sequence[ExpertModule], router: torch.Tensor, *, top_k: int, weigh: Weigh | None = None
+) -> MixtureFFN:
+    """A decoder layer's FFN, and its attention if experts update it, with a mixture; arguments as in `MixtureFFN`."""
+    ffn = MixtureFFN(layer.mlp, experts, router, top_k=top_k, weigh=weigh)  # type: ignore[arg-type]
+    targets = [t for t in ATTENTION_TARGETS if any(t in expert.targets for expert in experts)]
+    if targets:
+        # Not registered as a part: it holds modules of the layer beside the FFN.
+        object.__setattr__(ffn, "attention", MixtureAttention(layer.self_attn, ffn, targets))  # type: ignore[arg-type]
+    return ffn
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -123,15 +216,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def attached(model: nn.Module, ffns: Mapping[int, MixtureFFN]) -> Iterator[None]:
-    """`model` with the mixtures in the place of its FFNs, and bit for bit the old one again on leaving."""
+    """`model` with the mixtures in its layers, and bit for bit the old one again on leaving."""
     layers = decoder_layers(model)
     for layer, mixture in ffns.items():
         layers[layer].mlp = mixture
+        if mixture.attention is not None:
+            layers[layer].self_attn = mixture.attention
     try:
         yield
     finally:
         for layer, mixture in ffns.items():
             layers[layer].mlp = mixture.ffn
+            if mixture.attention is not None:
+                layers[layer].self_attn = mixture.attention.attention
 
 
 def load_mixture(repertoire: Repertoire, generation: Generation, task: str, model: nn.Module) -> dict[int, MixtureFFN]:
@@ -140,8 +237,22 @@ def load_mixture(repertoire: Repertoire, generation: Generation, task: str, mode
     Raises:
         UnknownTaskError: no such task.
         RepertoireError: something of the task cannot be read.
+        InvalidInputError: its weights are fixed per request; see `hold_mixture`.
     """
-    mixture = generation.mixture(task)
+    return hold_mixture(repertoire, generation, generation.mixture(task), model)
+
+
+def hold_mixture(
+    repertoire: Repertoire, generation: Generation, mixture: Mixture, model: nn.Module
+) -> dict[int, MixtureFFN]:
+    """`load_mixture` for what `runtime.model.control` made of a task's mixture.
+
+    Raises:
+        RepertoireError: an expert cannot be read.
+        InvalidInputError: its weights are fixed per request, and have not been.
+    """
+    if mixture.by_request:
+        raise InvalidInputError("task", mixture.task, "its router weighs whole prompts: fix its weights for one first")
     base = generation.manifest.base
     device = next(model.parameters()).device
     modules = {
@@ -150,11 +261,16 @@ def load_mixture(repertoire: Repertoire, generation: Generation, task: str, mode
     }
     layers = decoder_layers(model)
     return {
-        layer: MixtureFFN(
-            layers[layer].mlp,  # type: ignore[arg-type]
+        layer: mixture_layer(
+            layers[layer],
             [modules[digest, layer] for digest in router.experts],
             router.weight.to(device),
             top_k=mixture.top_k,
+            weigh=None if mixture.kind == "top_k" else partial(_weigh, router, mixture),
         )
         for layer, router in mixture.routers.items()
     }
+
+
+def _weigh(router: Router, mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
+    return weigh(router, x.to(router.weight.device), kind=mixture.kind, top_k=mixture.top_k).to(x.device)

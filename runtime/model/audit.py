@@ -20,10 +20,10 @@ from runtime.errors import (
     TensorMismatchError,
 )
 from runtime.model.digest import sha256_of_file
-from runtime.model.generation import router_tensor_name
 from runtime.model.locator import frame_shapes, vae_shapes
 from runtime.model.manifest import ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
+from runtime.model.routers import router_shapes
 
 OnBytes = Callable[[int, int], None]
 """Called with bytes read so far, and bytes to read in all."""
@@ -128,9 +128,7 @@ def _checks(manifest: Manifest) -> Iterator[_Check]:
     for entry in manifest.experts:
         yield _Check(f"{entry.task}: experts", entry.digest, entry)
     for task in manifest.tasks:
-        visible = manifest.visible_layers(task)
-        shapes = {router_tensor_name(layer): (len(experts), width) for layer, experts in visible.items()}
-        yield _Check(f"{task.name}: router", task.router.digest, shapes)
+        yield _Check(f"{task.name}: router", task.router.digest, router_shapes(manifest, task))
         yield _Check(f"{task.name}: density", task.locator.digest, vae_shapes())
         yield _Check(f"{task.name}: density on arrival", task.arrival.digest, vae_shapes())
 

@@ -68,6 +68,8 @@ class BaseInfo:
         width: model width, D.
         ffn_width: width inside the feed-forward network.
         vocab_size: rows of the embedding.
+        attention_width: all query heads together.
+        kv_width: all key heads together, and all value heads.
     """
 
     name: str
@@ -78,6 +80,8 @@ class BaseInfo:
     width: int
     ffn_width: int
     vocab_size: int
+    attention_width: int
+    kv_width: int
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,20 @@ def describe_base(folder: Path) -> BaseInfo:
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
         raise InvalidInputError("config.json: architectures", architectures, "must name the model class")
+    num_heads, width = _size(sizes, "num_attention_heads"), _size(sizes, "hidden_size")
+    head_width = width // num_heads if sizes.get("head_dim") is None else _size(sizes, "head_dim")
+    num_kv_heads = num_heads if sizes.get("num_key_value_heads") is None else _size(sizes, "num_key_value_heads")
     return BaseInfo(
         name=folder.resolve().name,
         digest=_digest([folder / "config.json", *weights]),
         tokenizer_digest=_digest(tokenizer_files),
         architecture=architectures[0],
         num_layers=_size(sizes, "num_hidden_layers"),
-        width=_size(sizes, "hidden_size"),
+        width=width,
         ffn_width=_size(sizes, "intermediate_size"),
         vocab_size=_size(sizes, "vocab_size"),
+        attention_width=num_heads * head_width,
+        kv_width=num_kv_heads * head_width,
     )
 
 

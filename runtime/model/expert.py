@@ -1,4 +1,4 @@
-"""An expert: the LoRA update of one layer's FFN, and its bytes in a blob.
+"""An expert: the LoRA update of one layer's linears, and its bytes in a blob.
 
 It knows nothing of files; `runtime.model.repertoire` reads and writes the bytes that are made and parsed here.
 Read first: a blob is a safetensors file whose tensors are sorted by layer, so that one expert is one contiguous range.
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 
 from runtime.errors import NonFiniteError, TensorMismatchError
-from runtime.model.manifest import TARGETS, BaseRef, ExpertSet, Target, Unit
+from runtime.model.manifest import FFN_TARGETS, TARGETS, BaseRef, ExpertSet, Target, Unit
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -37,7 +37,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Expert:
-    """The update of one layer's FFN; `y += scale * B A x` inside each of its three linears (LoRA, arXiv 2106.09685)."""
+    """The update of one layer: `y += scale * B A x` inside those linears that have one (LoRA, arXiv 2106.09685)."""
 
     layer: int
     scale: float
@@ -54,11 +54,26 @@ class Expert:
         return sum(tensor.numel() for update in self.updates.values() for tensor in (update.a, update.b))
 
 
+def linear_widths(target: Target, base: BaseRef) -> tuple[int, int]:
+    """Input and output width of a linear.
+
+    Raises:
+        TensorMismatchError: a linear of attention, and the record of the base lacks its widths.
+    """
+    if target in FFN_TARGETS:
+        return (base.ffn_width, base.width) if target == "down" else (base.width, base.ffn_width)
+    if base.attention_width is None or base.kv_width is None:
+        raise TensorMismatchError(f"target {target}: base {base.name} is recorded without attention_width")
+    if target == "o":
+        return base.attention_width, base.width
+    return base.width, base.attention_width if target == "q" else base.kv_width
+
+
 def unit_tensors(ranks: Mapping[Target, int], base: BaseRef) -> dict[str, tuple[int, int]]:
     """Return name within the unit -> shape, in the order of the bytes on disk (sorted by name)."""
     shapes: dict[str, tuple[int, int]] = {}
     for target in sorted(ranks):
-        wide, narrow = (base.ffn_width, base.width) if target == "down" else (base.width, base.ffn_width)
+        wide, narrow = linear_widths(target, base)
         shapes[f"{target}.a"] = (ranks[target], wide)
         shapes[f"{target}.b"] = (narrow, ranks[target])
     return shapes

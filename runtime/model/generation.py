@@ -6,48 +6,17 @@ Read first: a task whose router or locator entry cannot be read is quarantined i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
 
 from runtime.errors import BaseMismatchError, RepertoireError
 from runtime.model.base import BaseInfo
 from runtime.model.locator import Locator, Weights, frame_shapes, vae_shapes
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Task, Unit
+from runtime.model.mixture import Mixture
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
-
-
-@dataclass(frozen=True)
-class Router:
-    """`TopK` router of one layer: `w = top_k_weights(W x)`.
-
-    Args:
-        weight: W [E, D] float32; row j scores the j-th visible expert.
-        experts: digests of the visible experts, E of them.
-    """
-
-    weight: torch.Tensor
-    experts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Router and visible set of one task.
-
-    Args:
-        task: its name.
-        digest: identity for caches: SHA-256 over generation, task, router and visible set as length-prefixed fields.
-        top_k: experts per token and layer, K.
-        routers: layer -> router.
-    """
-
-    task: str
-    digest: str
-    top_k: int
-    routers: Mapping[int, Router]
+from runtime.model.routers import make_mixture, router_shapes
 
 
 @dataclass(frozen=True)
@@ -85,7 +54,13 @@ class Generation:
     def visible_units(self, mixture: Mixture) -> tuple[tuple[ExpertSet, Unit], ...]:
         """Every (layer, expert) that a sequence of this mixture can touch, by layer."""
         digests = {digest for router in mixture.routers.values() for digest in router.experts}
-        pairs = [(entry, unit) for entry in self.manifest.experts if entry.digest in digests for unit in entry.units]
+        pairs = [
+            (entry, unit)
+            for entry in self.manifest.experts
+            if entry.digest in digests
+            for unit in entry.units
+            if unit.layer in mixture.routers and entry.digest in mixture.routers[unit.layer].experts
+        ]
         return tuple(sorted(pairs, key=lambda pair: (pair[1].layer, pair[0].digest)))
 
 
@@ -100,6 +75,8 @@ def base_ref(info: BaseInfo) -> BaseRef:
         width=info.width,
         ffn_width=info.ffn_width,
         vocab_size=info.vocab_size,
+        attention_width=info.attention_width,
+        kv_width=info.kv_width,
     )
 
 
@@ -155,28 +132,6 @@ def open_generation(repertoire: Repertoire, number: int | None = None) -> Genera
     )
 
 
-def router_tensor_name(layer: int) -> str:
-    """Name of a layer's router weight in the router blob."""
-    return f"layer.{layer:04d}.weight"
-
-
 def _open_mixture(repertoire: Repertoire, manifest: Manifest, task: Task) -> Mixture:
-    visible = manifest.visible_layers(task)
-    shapes = {router_tensor_name(layer): (len(experts), manifest.base.width) for layer, experts in visible.items()}
-    tensors = repertoire.read_tensors(task.router.digest, shapes)
-    return Mixture(
-        task=task.name,
-        digest=_digest(
-            str(manifest.generation), task.name, task.router.digest, str(task.router.top_k), *task.router.visible
-        ),
-        top_k=task.router.top_k,
-        routers={layer: Router(tensors[router_tensor_name(layer)], experts) for layer, experts in visible.items()},
-    )
-
-
-def _digest(*fields: str) -> str:
-    hasher = hashlib.sha256()
-    for field in fields:
-        data = field.encode()
-        hasher.update(len(data).to_bytes(8, "little") + data)
-    return hasher.hexdigest()
+    tensors = repertoire.read_tensors(task.router.digest, router_shapes(manifest, task))
+    return make_mixture(manifest, task, tensors)

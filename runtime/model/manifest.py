@@ -18,8 +18,11 @@ SCHEMA_VERSION = 1
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
-Target = Literal["gate", "up", "down"]
-TARGETS: tuple[Target, ...] = ("gate", "up", "down")
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ATTENTION_TARGETS: tuple[Target, ...] = ("q", "k", "v", "o")
+FFN_TARGETS: tuple[Target, ...] = ("gate", "up", "down")
+TARGETS: tuple[Target, ...] = (*ATTENTION_TARGETS, *FFN_TARGETS)
+RouterKind = Literal["top_k", "grouped", "arrow"]
 
 
 class _Record(BaseModel):
@@ -27,7 +30,10 @@ class _Record(BaseModel):
 
 
 class BaseRef(_Record):
-    """The base model that every expert of the repertoire was trained on."""
+    """The base model that every expert of the repertoire was trained on.
+
+    `attention_width` and `kv_width`, the widths of queries and of keys, are needed where experts update attention.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
     digest: Digest
@@ -37,6 +43,8 @@ class BaseRef(_Record):
     width: Annotated[int, Field(ge=1)]
     ffn_width: Annotated[int, Field(ge=1)]
     vocab_size: Annotated[int, Field(ge=1)]
+    attention_width: Annotated[int, Field(ge=1)] | None = None
+    kv_width: Annotated[int, Field(ge=1)] | None = None
 
 
 class Unit(_Record):
@@ -72,13 +80,68 @@ class ExpertSet(_Record):
         return self
 
 
-class RouterRef(_Record):
-    """A task's router: one weight [E, D] per layer; row j belongs to the j-th visible expert that has this layer."""
+class Group(_Record):
+    """A named group of expert sets, for routers that will be trained; a router's own groups are in its `Grouping`."""
 
-    kind: Literal["top_k"]
+    name: Name
+    experts: Annotated[tuple[Digest, ...], Field(min_length=1)]
+
+
+class Grouping(_Record):
+    """What a grouped router is beside its weights (AT-MoE, arXiv 2410.10896); formula: `runtime.kernels.grouping`.
+
+    `groups` names the group of each visible expert set; `within` says whether the weights within a group depend on the
+    input; `share` is lambda, and `general` the expert set that gets the rest of the weight, 1 - lambda.
+    """
+
+    groups: tuple[Name, ...]
+    scope: Literal["token", "request"]
+    within: Literal["input", "static"]
+    tau_group: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tau_expert: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    epsilon: Annotated[float, Field(ge=0, lt=1)]
+    share: Annotated[float, Field(gt=0, le=1)]
+    general: Digest | None
+
+    @model_validator(mode="after")
+    def _general_has_a_share(self) -> Self:
+        if (self.general is None) != (self.share == 1):
+            raise ValueError(f"share={self.share}: must be 1 without a general expert set, and below 1 with one")
+        return self
+
+    def names(self) -> tuple[str, ...]:
+        """Every group once, in the order of the router's rows."""
+        return tuple(dict.fromkeys(self.groups))
+
+
+class RouterRef(_Record):
+    """A task's router: one weight [E, D] per layer; row j belongs to the j-th visible expert that has this layer.
+
+    `top_k` experts are kept per token; a grouped router keeps all, so that its `top_k` is the number of visible sets.
+    """
+
+    kind: RouterKind
     digest: Digest
     top_k: Annotated[int, Field(ge=1)]
     visible: tuple[Digest, ...]
+    grouping: Grouping | None = None
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> Self:
+        if (self.kind == "grouped") != (self.grouping is not None):
+            raise ValueError(f"kind={self.kind}: exactly a grouped router has a grouping")
+        if self.grouping is not None:
+            count = len(self.visible)
+            if not count or len(self.grouping.groups) != count or self.top_k != count:
+                raise ValueError(f"kind=grouped: groups and top_k={self.top_k} must fit {count} visible expert sets")
+            if self.grouping.general in self.visible:
+                raise ValueError("general: must not be one of the visible expert sets")
+        return self
+
+    def all_experts(self) -> tuple[str, ...]:
+        """Digests of the visible expert sets and of the general one."""
+        general = self.grouping.general if self.grouping else None
+        return self.visible if general is None else (*self.visible, general)
 
 
 class LocatorEntry(_Record):
@@ -132,6 +195,7 @@ class Manifest(_Record):
     arrival: LocatorRef
     experts: tuple[ExpertSet, ...]
     tasks: tuple[Task, ...]
+    groups: tuple[Group, ...] = ()
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
@@ -145,11 +209,36 @@ class Manifest(_Record):
             lowest, highest = expert_set.units[0].layer, expert_set.units[-1].layer
             if lowest < self.first_layer or highest >= self.base.num_layers:
                 raise ValueError(f"expert set {expert_set.digest}: layers {lowest}..{highest} are out of range")
+            attends = any(target in ATTENTION_TARGETS for unit in expert_set.units for target in unit.ranks)
+            if attends and (self.base.attention_width is None or self.base.kv_width is None):
+                raise ValueError(f"expert set {expert_set.digest} updates attention: base.attention_width is missing")
         for task in self.tasks:
-            for digest in (*task.router.visible, *((task.experts,) if task.experts else ())):
+            for digest in (*task.router.all_experts(), *((task.experts,) if task.experts else ())):
                 if digest not in known:
                     raise ValueError(f"task {task.name}: expert set {digest} is not listed")
+            self._check_general(task)
         return self
+
+    @model_validator(mode="after")
+    def _groups_resolve(self) -> Self:
+        known = {expert_set.digest for expert_set in self.experts}
+        names = [group.name for group in self.groups]
+        if len(set(names)) != len(names):
+            raise ValueError(f"groups: a name occurs twice in {names}")
+        members = [digest for group in self.groups for digest in group.experts]
+        if len(set(members)) != len(members):
+            raise ValueError("groups: an expert set is in two groups, or twice in one")
+        if not known.issuperset(members):
+            raise ValueError(f"groups: expert set {min(set(members) - known)} is not listed")
+        return self
+
+    def _check_general(self, task: Task) -> None:
+        grouping = task.router.grouping
+        if grouping is not None and grouping.general is not None:
+            layers = {unit.layer for unit in self.expert_set(grouping.general).units}
+            missing = layers - self.visible_layers(task).keys()
+            if missing:
+                raise ValueError(f"task {task.name}: no visible expert in layer {min(missing)} of the general one")
 
     def task(self, name: str) -> Task:
         """Return the task of this name.

@@ -1,0 +1,55 @@
+"""Direction: what a request says of how its mixture is to weigh, and what that makes of a task's mixture.
+
+It knows nothing of loading or scheduling.
+Read first: names of groups are checked when a request arrives, as far as they can be: which router it gets is decided
+later, and a request whose router cannot follow is refused then, never answered as if nothing had been said.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.engine.request import Request
+from runtime.errors import InvalidInputError
+from runtime.model.control import controlled, fixed_for, group_names, summary
+from runtime.model.generation import Generation
+from runtime.model.mixture import Mixture
+
+
+def check_direction(request: Request, generation: Generation) -> None:
+    """Refuse what no router can follow, or the router of the pinned task cannot.
+
+    Raises:
+        InvalidInputError: an unknown group, a masked mixture, or a pinned task without groups.
+        UnknownTaskError, RepertoireError: the pinned task does not exist or is quarantined.
+    """
+    if request.task is not None:
+        directed(request, generation.mixture(request.task))
+        return
+    known = {name for mixture in generation.mixtures.values() for name in group_names(mixture)}
+    for field, names in (("group_bias", request.group_bias), ("group_mask", request.group_mask)):
+        for name in names:
+            if name not in known:
+                raise InvalidInputError(field, name, f"the groups of this repertoire are {sorted(known)}")
+
+
+def directed(request: Request, mixture: Mixture | None) -> Mixture | None:
+    """A task's mixture as the request wants it.
+
+    Raises:
+        InvalidInputError: the mixture has no such groups, or there is no mixture.
+    """
+    if mixture is not None:
+        return controlled(mixture, request.group_bias, request.group_mask)
+    for field, names in (("group_bias", request.group_bias), ("group_mask", request.group_mask)):
+        if names:
+            raise InvalidInputError(field, sorted(names), "no task was found for this prompt, so there are no groups")
+    return None
+
+
+def settled(mixture: Mixture | None, residual: torch.Tensor | None) -> Mixture | None:
+    """A mixture that weighs whole prompts, with its weights for this one; `residual` [T, D] enters the experts."""
+    if mixture is None or not mixture.by_request:
+        return mixture
+    assert residual is not None, "whole prompts are weighed where they enter the experts"
+    return fixed_for(mixture, summary(residual).cpu())
