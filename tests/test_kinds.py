@@ -98,7 +98,9 @@ def test_an_explanation_gives_the_mean_weights_of_experts_and_groups_per_layer(
     assert ask(engine, "hello", task="blue").wait().finished.explanation == ()
     choices = ask(engine, "hello", task="blue", explain=True, sampling={"n": 2}, keep_logits=False, max_tokens=5)
     for one, both in zip(explained, choices.wait().finished.explanation, strict=True):
-        assert both.experts == pytest.approx(one.experts, abs=1e-5)  # greedy: the two are the same answer
+        assert both.experts == pytest.approx(
+            one.experts, abs=0.01
+        )  # the same answer twice; its first token counts once
     assert ask(engine, "hello", task="red", explain=True).wait().finished.explanation[0].groups == {}
 
 
