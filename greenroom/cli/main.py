@@ -15,6 +15,7 @@ from greenroom.cli.base import app as base
 from greenroom.cli.batch import batch
 from greenroom.cli.demo import demo
 from greenroom.cli.error_line import error_line, exit_code
+from greenroom.cli.evaluate import evaluate
 from greenroom.cli.export import export
 from greenroom.cli.locate import locate
 from greenroom.cli.repertoire import app as repertoire
@@ -58,7 +59,7 @@ def options(
 app.add_typer(base, name="base")
 app.add_typer(repertoire, name="repertoire")
 app.add_typer(token, name="token")
-for command in (train, export, locate, serve, ask, batch, demo):
+for command in (train, evaluate, export, locate, serve, ask, batch, demo):
     app.command()(command)
 
 

@@ -120,7 +120,7 @@ def train(
     from training.grow import add_task
     from training.precision import base_dtype
 
-    place = torch.device(_device_name(device, has_cuda=torch.cuda.is_available()))
+    place = torch.device(device_name(device, has_cuda=torch.cuda.is_available()))
     folder = resolve_base(base, cache=cache_folder())
     with console.status(f"loading {base}"):
         model = load_base(folder, dtype=base_dtype(config.dtype, place), device=place)
@@ -186,7 +186,12 @@ def _chosen(found: tuple[TaskData, ...], names: list[str] | None) -> tuple[TaskD
     return tuple(by_name[name] for name in dict.fromkeys(names))
 
 
-def _device_name(device: str, *, has_cuda: bool) -> str:
+def device_name(device: str, *, has_cuda: bool) -> str:
+    """What a flag `--device auto|cpu|cuda` means on this machine.
+
+    Raises:
+        InvalidInputError: none of these, or there is no such device.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise InvalidInputError("device", device, "must be auto, cpu or cuda")
     if device == "cuda" and not has_cuda:

@@ -1,1 +1,0 @@
-"""Offline: rows in, answers out, through the same engine; exact when interrupted."""
