@@ -1,0 +1,235 @@
+"""Publish a task: fit its locator entry, put it beside everything older, and make that the next generation.
+
+It does not know how experts and routers came about: by training, by import, or out of what is there.
+Read first: everything older is carried over as it is, entry by entry and byte by byte; a repertoire with N tasks
+becomes one with N + 1, or stays what it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+
+from runtime.errors import InvalidInputError
+from runtime.model.base import BaseModel
+from runtime.model.generation import base_ref, check_base
+from runtime.model.locator import frame_shapes
+from runtime.model.manifest import (
+    BaseRef,
+    ExpertSet,
+    Group,
+    Grouping,
+    LocatorEntry,
+    LocatorRef,
+    Manifest,
+    RouterKind,
+    RouterRef,
+    Task,
+)
+from runtime.model.names import check_name
+from runtime.model.prompt import PromptTemplate, default_template
+from runtime.model.repertoire import Repertoire
+from runtime.model.signature import Signer
+from training.config import TrainingConfig
+from training.features import features
+from training.locator import make_frame, train_entry
+from training.reference_prompts import reference_prompts
+from training.seeds import seed_for
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One way to look at prompts: where the residual stream is read, the frame, and the reference prompts seen so."""
+
+    layer: int
+    frame: Tensors
+    reference: torch.Tensor  # [M, D]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a new task stands on: the current generation, or what a new repertoire begins with."""
+
+    current: Manifest | None
+    template: PromptTemplate
+    first_layer: int
+    locator: Sight
+    arrival: Sight
+
+
+def stand_on(repertoire: Repertoire, base: BaseModel, name: str, config: TrainingConfig) -> Ground:
+    """What the task `name` will stand on; a repertoire without a generation begins as `config` says.
+
+    Raises:
+        InvalidInputError: the repertoire holds a task of this name, or `first_layer` contradicts it or the base.
+        BaseMismatchError: the repertoire was made for another base.
+        RepertoireError: the repertoire cannot be read.
+    """
+    check_name("task", name)
+    if repertoire.head() is None:
+        first_layer = base.info.num_layers // 3 if config.first_layer is None else config.first_layer
+        if first_layer >= base.info.num_layers:
+            raise InvalidInputError("first_layer", first_layer, f"the base has {base.info.num_layers} layers")
+        template = default_template(base)
+        sights = [_new_sight(base, template, layer, config) for layer in (first_layer, 0)]
+        return Ground(None, template, first_layer, *sights)
+    current = repertoire.manifest()
+    check_base(current, base.info)
+    if name in current.task_names():
+        raise InvalidInputError("task", name, f"generation {current.generation} already holds it")
+    if config.first_layer not in (None, current.first_layer):
+        raise InvalidInputError("first_layer", config.first_layer, f"the repertoire has {current.first_layer}")
+    template = PromptTemplate.parse(current.prompt_template)
+    sights = [_sight_of(repertoire, base, template, ref) for ref in (current.locator, current.arrival)]
+    return Ground(current, template, current.first_layer, *sights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTask:
+    """What is published.
+
+    Args:
+        name: of the task.
+        prompts: token ids of prompts of the task, for the locator.
+        experts: its own expert set and the bytes of it; None where it brings none.
+        router: tensors as in `runtime.model.routers.router_shapes`.
+        kind: of the router.
+        top_k: K.
+        visible: digests of the expert sets that the router may choose from.
+        grouping: of a grouped router.
+        trained_parameters: of experts and router; those of the locator entry are added.
+    """
+
+    name: str
+    prompts: Sequence[Sequence[int]]
+    experts: tuple[ExpertSet, bytes] | None
+    router: Mapping[str, torch.Tensor]
+    kind: RouterKind
+    top_k: int
+    visible: tuple[str, ...]
+    grouping: Grouping | None = None
+    trained_parameters: int
+
+
+def publish_task(
+    repertoire: Repertoire,
+    base: BaseModel,
+    ground: Ground,
+    task: NewTask,
+    config: TrainingConfig,
+    *,
+    groups: tuple[Group, ...] | None = None,
+    signer: Signer | None = None,
+) -> Manifest:
+    """Fit the task's locator entry and publish the next generation.
+
+    Args:
+        repertoire: whose current generation is `ground.current`.
+        base: the frozen base.
+        ground: as `stand_on` gave it.
+        task: what is added.
+        config: the fields `locator_*` and `seed`.
+        groups: named groups of expert sets from now on; None keeps what is there.
+        signer: signs the new generation; None leaves it unsigned.
+
+    Raises:
+        GenerationMismatchError: somebody else published meanwhile.
+    """
+    current, sights = ground.current, (ground.locator, ground.arrival)
+    densities = [_density(base, task.prompts, sight, config, task.name) for sight in sights]
+    router_blob = save({name: tensor.contiguous() for name, tensor in task.router.items()})
+    frame_blobs = [save(sight.frame) for sight in sights]
+    held_sets = current.experts if current else ()
+    entry = Task(
+        name=task.name,
+        experts=task.experts[0].digest if task.experts else None,
+        router=RouterRef(
+            kind=task.kind,
+            digest=_sha256(router_blob),
+            top_k=task.top_k,
+            visible=task.visible,
+            grouping=task.grouping,
+        ),
+        locator=densities[0].entry,
+        arrival=densities[1].entry,
+        trained_parameters=task.trained_parameters
+        + sum(tensor.numel() for density in densities for tensor in density.vae.values()),
+    )
+    refs = [
+        LocatorRef(frame=_sha256(blob), feature="residual_mean", layer=sight.layer, score=config.locator_score)
+        for blob, sight in zip(frame_blobs, sights, strict=True)
+    ]
+    kept_groups = current.groups if current else ()
+    manifest = Manifest(
+        schema_version=1,
+        generation=current.generation + 1 if current else 1,
+        parent=current.generation if current else None,
+        base=_base_record(current, base, task),
+        prompt_template=ground.template.text,
+        first_layer=ground.first_layer,
+        locator=current.locator if current else refs[0],
+        arrival=current.arrival if current else refs[1],
+        experts=(*held_sets, *([task.experts[0]] if task.experts else [])),
+        tasks=(*(current.tasks if current else ()), entry),
+        groups=kept_groups if groups is None else groups,
+    )
+    own_blobs = [task.experts[1]] if task.experts else []
+    blobs = [*frame_blobs, *own_blobs, router_blob, *(density.blob for density in densities)]
+    repertoire.publish(manifest, {_sha256(blob): blob for blob in blobs}, expected=manifest.parent, signer=signer)
+    return manifest
+
+
+def _base_record(current: Manifest | None, base: BaseModel, task: NewTask) -> BaseRef:
+    """The repertoire's own; with the widths of attention where it lacks them, of before experts updated it."""
+    ref = base_ref(base.info)
+    if current is None:
+        return ref
+    if current.base.attention_width is None and task.experts is not None:
+        return current.base.model_copy(update={"attention_width": ref.attention_width, "kv_width": ref.kv_width})
+    return current.base
+
+
+def _new_sight(base: BaseModel, template: PromptTemplate, layer: int, config: TrainingConfig) -> Sight:
+    reference = _reference_features(base, template, layer)
+    return Sight(layer, make_frame(reference, seed=seed_for(config.seed, "frame", str(layer))), reference)
+
+
+def _sight_of(repertoire: Repertoire, base: BaseModel, template: PromptTemplate, ref: LocatorRef) -> Sight:
+    frame = repertoire.read_tensors(ref.frame, frame_shapes(base.info.width))
+    return Sight(ref.layer, frame, _reference_features(base, template, ref.layer))
+
+
+@dataclass(frozen=True)
+class _Density:
+    """A trained VAE, its bytes, and its entry."""
+
+    vae: Tensors
+    blob: bytes
+    entry: LocatorEntry
+
+
+def _density(
+    base: BaseModel, prompts: Sequence[Sequence[int]], sight: Sight, config: TrainingConfig, name: str
+) -> _Density:
+    own = features(base, prompts, sight.layer)
+    seed = seed_for(config.seed, name, "density", str(sight.layer))
+    vae, calibration = train_entry(sight.frame, own, sight.reference, config, seed=seed)
+    blob = save(vae)
+    entry = LocatorEntry(
+        digest=_sha256(blob), mean=calibration.mean, sd=calibration.sd, threshold=calibration.threshold
+    )
+    return _Density(vae, blob, entry)
+
+
+def _reference_features(base: BaseModel, template: PromptTemplate, layer: int) -> torch.Tensor:
+    return features(base, [template.encode(base.tokenizer, text) for text in reference_prompts()], layer)
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
