@@ -22,13 +22,13 @@ KINDS: tuple[WeightKind, ...] = ("float32", "bfloat16", "int8", "int4")
 TARGET_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_K = 8
 _MATRICES = ("qkv", "out", "gate_up", "down", "head")
-_VECTORS = ("attention_norm", "ffn_norm", "final_norm", "cos", "sin")
+_VECTORS = ("attention_norm", "ffn_norm", "final_norm", "cos", "sin", "qkv_bias", "q_norm", "k_norm")
 
 
 class _Config(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("layers", "width", "ffn", "heads", "kv_heads", "head_width")),
-        *((name, ctypes.c_int64) for name in ("vocabulary", "context", "kind", "head_kind", "threads")),
+        *((name, ctypes.c_int64) for name in ("vocabulary", "context", "threads")),
         ("epsilon", ctypes.c_double),
     )
 
@@ -151,10 +151,9 @@ class NativeStep:
         self._library = ctypes.CDLL(str(library))
         self._library.gr_create.restype = ctypes.c_void_p
         self.shape = shape
-        kind = KINDS.index(weights)
+        self._kinds = {name: KINDS.index(_kept_as(name, weights)) for name in _MATRICES}
         sizes = {name: getattr(shape, name) for name, _ in _Config._fields_ if hasattr(shape, name)}
-        head_kind = KINDS.index("int8") if weights == "int4" else kind
-        config = _Config(**sizes, kind=kind, head_kind=head_kind, threads=threads)
+        config = _Config(**sizes, threads=threads)
         self._handle = ctypes.c_void_p(self._library.gr_create(ctypes.byref(config)))
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -169,11 +168,8 @@ class NativeStep:
         weight = weight.detach().to(torch.float32).contiguous()
         which = _MATRICES.index(name) if name in _MATRICES else len(_MATRICES) + _VECTORS.index(name)
         rows, cols = weight.shape if weight.dim() == 2 else (1, weight.shape[0])
-        self._check(
-            self._library.gr_set(
-                self._handle, which, ctypes.c_int64(layer), _pointer(weight), ctypes.c_int64(rows), ctypes.c_int64(cols)
-            )
-        )
+        sizes = (ctypes.c_int64(rows), ctypes.c_int64(cols), self._kinds.get(name, 0))
+        self._check(self._library.gr_set(self._handle, which, ctypes.c_int64(layer), _pointer(weight), *sizes))
 
     def set_cache(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Use [L, slots, kv heads, context, head width] float32 or bfloat16 tensors as the KV cache."""
@@ -253,6 +249,12 @@ class NativeStep:
     def _check(status: int) -> None:
         if status:
             raise BudgetError("the native step got no memory for its weights or buffers")
+
+
+_EIGHT = {"head","out","down"}
+def _kept_as(name: str, weights: WeightKind) -> WeightKind:
+    """What a matrix is kept in: where 4 bits are asked for, those that bear them worst keep 8."""
+    return "int8" if weights == "int4" and name in _EIGHT else weights
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -14,7 +14,7 @@
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
-constexpr int64_t GROUP = 64;  // columns that share a scale, in weights and in inputs
+constexpr int64_t GROUP = 64;  // columns that share a scale, in inputs and in weights of 8 bits; of 4 bits: half as many
 constexpr int AHEAD = 2048;    // bytes from the weights in use to those being fetched
 constexpr int64_t TILE = 8;    // rows of x that are multiplied at once
 
@@ -42,7 +42,7 @@ struct Matrix {
   int64_t blocks, groups;
   size_t block_bytes;
   uint8_t* codes;      // [blocks][block_bytes]
-  uint16_t* scales;    // [blocks][groups][16] float16, for codes
+  uint16_t* scales;    // [blocks][groups, twice as many for INT4][16] float16, for codes
 };
 
 inline size_t block_bytes(Kind kind, int64_t cols) {
@@ -55,21 +55,41 @@ inline size_t block_bytes(Kind kind, int64_t cols) {
   }
 }
 
-inline bool has_scales(Kind kind) { return kind == INT8 || kind == INT4; }
+// Scales of one row in a group of columns.
+inline int64_t num_scales(Kind kind) { return kind == INT4 ? 2 : kind == INT8 ? 1 : 0; }
 
 inline size_t matrix_bytes(Kind kind, int64_t rows, int64_t cols) {
   const size_t blocks = up(rows, LANES) / LANES, groups = up(cols, GROUP) / GROUP;
-  return blocks * (block_bytes(kind, cols) + (has_scales(kind) ? groups * LANES * 2 : 0));
+  return blocks * (block_bytes(kind, cols) + groups * num_scales(kind) * LANES * 2);
 }
 
 inline Matrix view(Kind kind, int64_t rows, int64_t cols, uint8_t* data) {
   Matrix m{kind, rows, cols, up(rows, LANES) / LANES, up(cols, GROUP) / GROUP, block_bytes(kind, cols), data, nullptr};
-  if (has_scales(kind)) m.scales = reinterpret_cast<uint16_t*>(data + m.blocks * m.block_bytes);
+  if (num_scales(kind)) m.scales = reinterpret_cast<uint16_t*>(data + m.blocks * m.block_bytes);
   return m;
 }
 
 // Pack w [rows, cols]. INT8: codes round(w / s) + 128, s = max |w| / 127 per row and group. INT4: round(w / s) + 8,
-// s = max |w| / 7; two codes a byte: the low nibbles are the first 32 columns of a group, the high ones the others.
+// s from `group_scale`; two codes a byte: the low nibbles are the first 32 columns of a group, the high ones the others.
+// The scale with which codes of -limit .. limit come nearest to w in the sum of squares; for wide codes the largest
+// weight decides, for narrow ones a few smaller scales are tried: they cut the tails and keep the middle.
+inline float group_scale(const float* w, int64_t count, int limit) {
+  float top = 0;
+  for (int64_t c = 0; c < count; ++c) top = std::max(top, std::fabs(w[c]));
+  if (limit > 7 || top == 0) return top / limit;
+  float best = top / limit, least = INFINITY;
+  for (int step = 0; step <= 12; ++step) {
+    const float scale = top / limit * (1.0f - 0.04f * step);
+    float error = 0;
+    for (int64_t c = 0; c < count; ++c) {
+      const float code = std::clamp(std::nearbyint(w[c] / scale), float(-limit), float(limit));
+      error += (w[c] - code * scale) * (w[c] - code * scale);
+    }
+    if (error < least) least = error, best = scale;
+  }
+  return best;
+}
+
 // Row r of the packed matrix is row source(r) of w.
 template <class Source>
 inline void pack(const Matrix& m, const float* w, Source&& source) {
@@ -87,23 +107,19 @@ inline void pack(const Matrix& m, const float* w, Source&& source) {
       }
     } else {
       const int limit = m.kind == INT8 ? 127 : 7, middle = limit + 1;
-      for (int64_t g = 0; g < m.groups; ++g) {
-        const int64_t begin = g * GROUP, end = std::min(begin + GROUP, m.cols);
-        float top = 0;
-        for (int64_t c = begin; c < end; ++c) top = std::max(top, std::fabs(x[c]));
-        const uint16_t half = _cvtss_sh(top / limit, 0);
+      const int64_t parts = num_scales(m.kind), part = GROUP / parts;
+      for (int64_t g = 0; g < m.groups * parts; ++g) {
+        const int64_t begin = g * part, end = std::max(begin, std::min(begin + part, m.cols));
+        const uint16_t half = _cvtss_sh(group_scale(x + begin, end - begin, limit), 0);
         const float scale = _cvtsh_ss(half);
-        m.scales[(row / LANES * m.groups + g) * LANES + lane] = half;
-        for (int64_t c = begin; c < begin + GROUP; ++c) {
+        m.scales[(row / LANES * m.groups * parts + g) * LANES + lane] = half;
+        for (int64_t c = begin; c < begin + part; ++c) {
           const float q = c < end && scale > 0 ? std::nearbyint(x[c] / scale) : 0;
           const int code = std::clamp(int(q), -limit, limit) + middle;
-          const int64_t in = c - begin;
-          if (m.kind == INT8) {
-            block[(g * GROUP + in / 4 * 4) * LANES + lane * 4 + in % 4] = uint8_t(code);
-          } else {
-            uint8_t& byte = block[(g * GROUP / 2 + in % 32 / 4 * 4) * LANES + lane * 4 + in % 4];
-            byte = in < 32 ? uint8_t((byte & 0xf0) | code) : uint8_t((byte & 0x0f) | code << 4);
-          }
+          const int64_t in = c % part, at = c / GROUP * GROUP / parts;
+          uint8_t& byte = block[(at + in / 4 * 4) * LANES + lane * 4 + in % 4];
+          if (m.kind == INT8) byte = uint8_t(code);
+          else byte = uint8_t(g % 2 ? (byte & 0x0f) | code << 4 : (byte & 0xf0) | code);
         }
       }
     }
@@ -117,7 +133,7 @@ struct Input {
   bf16* halves = nullptr;   // [T, stride]
   int8_t* codes = nullptr;  // [T, stride]
   float* scales = nullptr;  // [T, groups]
-  int32_t* shift = nullptr; // [T, groups], -middle * sum of the group's codes
+  int32_t* shift = nullptr; // [T, groups, 2], -middle * sum of the codes of the group's halves
 };
 
 // x[t] -> its form for matrices of this kind; the padding is zero beforehand and stays so.
@@ -138,14 +154,15 @@ inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64
     for (int64_t c = begin; c < end; c += LANES) top = _mm512_max_ps(top, _mm512_abs_ps(load(x + c)));
     const float most = _mm512_reduce_max_ps(top);
     const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
-    __m512i sum = _mm512_setzero_si512();
+    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (int64_t c = begin; c < end; c += LANES) {
       __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + c), inverse));
+      __m512i& sum = sums[(c - begin) / (GROUP / 2)];
       sum = _mm512_add_epi32(sum, q);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(in.codes + t * in.stride + c), _mm512_cvtepi32_epi8(q));
     }
     in.scales[t * groups + g] = most / 127.0f;
-    in.shift[t * groups + g] = -middle * _mm512_reduce_add_epi32(sum);
+    for (int i = 0; i < 2; ++i) in.shift[(t * groups + g) * 2 + i] = -middle * _mm512_reduce_add_epi32(sums[i]);
   }
 }
 
@@ -182,35 +199,40 @@ inline void multiply(const Matrix& m, int64_t block, const Input& in, int64_t t,
       }
     }
   } else {
-    const uint16_t* scales = m.scales + block * m.groups * LANES;
-    const __m512i low = _mm512_set1_epi8(15);
+    const uint16_t* scales = m.scales + block * m.groups * num_scales(m.kind) * LANES;
+    const auto add = [&](const __m512i* sum, int64_t g) {
+      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+      scales += LANES;
+      for (int i = 0; i < N; ++i) {
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[(t + i) * m.groups + g]));
+        f[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), both, f[i]);
+      }
+    };
     for (int64_t g = 0; g < m.groups; ++g) {
       __m512i sum[N];
-      for (int i = 0; i < N; ++i) sum[i] = _mm512_set1_epi32(in.shift[(t + i) * m.groups + g]);
       const int8_t* x = in.codes + t * in.stride + g * GROUP;
+      const int32_t* shift = in.shift + (t * m.groups + g) * 2;
       if (m.kind == INT8) {
+        for (int i = 0; i < N; ++i) sum[i] = _mm512_set1_epi32(shift[i * m.groups * 2] + shift[i * m.groups * 2 + 1]);
 #pragma GCC unroll 4
         for (int j = 0; j < 16; ++j, w += 64) {
           const __m512i row = _mm512_load_si512(w);
           ahead(w);
           for (int i = 0; i < N; ++i) sum[i] = _mm512_dpbusd_epi32(sum[i], row, four(x + i * in.stride + j * 4));
         }
+        add(sum, g);
       } else {
-        for (int j = 0; j < 8; ++j, w += 64) {
-          const __m512i both = _mm512_load_si512(w);
-          ahead(w);
-          const __m512i row = _mm512_and_si512(both, low);
-          const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-          for (int i = 0; i < N; ++i) {
-            sum[i] = _mm512_dpbusd_epi32(sum[i], row, four(x + i * in.stride + j * 4));
-            sum[i] = _mm512_dpbusd_epi32(sum[i], high, four(x + i * in.stride + 32 + j * 4));
+        for (int half = 0; half < 2; ++half, x += GROUP / 2) {
+          for (int i = 0; i < N; ++i) sum[i] = _mm512_set1_epi32(shift[i * m.groups * 2 + half]);
+          for (int j = 0; j < 8; ++j) {
+            const __m512i both = _mm512_load_si512(w + j * 64);
+            const __m512i row = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+            if (!half) ahead(w + j * 64);
+            for (int i = 0; i < N; ++i) sum[i] = _mm512_dpbusd_epi32(sum[i], row, four(x + i * in.stride + j * 4));
           }
+          add(sum, g);
         }
-      }
-      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + g * LANES)));
-      for (int i = 0; i < N; ++i) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[(t + i) * m.groups + g]));
-        f[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), both, f[i]);
+        w += 8 * 64;
       }
     }
   }

@@ -15,7 +15,7 @@ namespace {
 
 struct Config {
   int64_t layers, width, ffn, heads, kv_heads, head_width, vocabulary, context;
-  int64_t kind, head_kind, threads;
+  int64_t threads;
   double epsilon;
 };
 
@@ -23,6 +23,7 @@ struct Layer {
   std::unique_ptr<Pages> pages[4];
   Matrix qkv, out, gate_up, down;
   std::vector<float> attention_norm, ffn_norm;
+  std::vector<float> qkv_bias, q_norm, k_norm;  // empty where the model has none
 };
 
 struct Cache {
@@ -87,7 +88,7 @@ Input take_input(uint8_t*& at, int64_t tokens, int64_t cols) {
   in.halves = take<bf16>(at, tokens * in.stride);
   in.codes = take<int8_t>(at, tokens * in.stride);
   in.scales = take<float>(at, tokens * in.stride / GROUP);
-  in.shift = take<int32_t>(at, tokens * in.stride / GROUP);
+  in.shift = take<int32_t>(at, tokens * in.stride / GROUP * 2);
   return in;
 }
 
@@ -187,8 +188,14 @@ struct Step {
     const int64_t group = c.heads / c.kv_heads, w = c.head_width;
     const float *cos = m.cos.data() + positions[t] * w, *sin = m.sin.data() + positions[t] * w;
     float* row = m.s.qkv + t * m.qkv_width();
-    for (int64_t g = 0; g < group; ++g) rotate(row + (head * group + g) * w, cos, sin, w);
     float* key = row + (c.heads + head) * w;
+    const Layer& l = m.layers[index];
+    for (int64_t g = 0; g < group; ++g) {
+      float* query = row + (head * group + g) * w;
+      if (!l.q_norm.empty()) norm(query, l.q_norm, c.epsilon, query);
+      rotate(query, cos, sin, w);
+    }
+    if (!l.k_norm.empty()) norm(key, l.k_norm, c.epsilon, key);
     rotate(key, cos, sin, w);
     const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * w;
     C* to_key = static_cast<C*>(m.cache.keys) + plane + positions[t] * w;
@@ -219,7 +226,6 @@ struct Step {
   void layer(int64_t index, int rank) const {
     const Config& c = m.c;
     const Layer& l = m.layers[index];
-    const Kind kind = Kind(c.kind);
     Share* share = &m.shares[index * PHASES];
     const bool in_attention = stage && stage->attention;
     Scratch& s = m.s;
@@ -228,12 +234,13 @@ struct Step {
     share[0].each(tokens, 1, [&](int64_t t) {
       float* x = s.x + t * c.width;
       norm(hidden + t * c.width, l.attention_norm, c.epsilon, x);
-      prepare(kind, s.normed, t, x, c.width);
+      prepare(l.qkv.kind, s.normed, t, x, c.width);
       if (in_attention) choose(index, t, x, {Q, K, V});
     });
     m.team.barrier();
     product(share[1], l.qkv, s.normed, 1, [&](int64_t block, int64_t t, float* y, float*) {
       const int64_t o = block * LANES;
+      if (!l.qkv_bias.empty()) accumulate(y, l.qkv_bias.data() + o);
       if (in_attention) {
         if (o < q_width) add(index, t, 0, Q, o, q_width, y);
         else if (o < q_width + kv_width) add(index, t, 1, K, o - q_width, kv_width, y);
@@ -247,7 +254,7 @@ struct Step {
 
     share[4].each(tokens, 1, [&](int64_t t) {
       const float* x = s.mixed + t * q_width;
-      prepare(kind, s.attended, t, x, q_width);
+      prepare(l.out.kind, s.attended, t, x, q_width);
       if (in_attention) reduce(index, t, x, q_width, {O});
     });
     m.team.barrier();
@@ -259,7 +266,7 @@ struct Step {
     share[6].each(tokens, 1, [&](int64_t t) {
       float* x = s.x + t * c.width;
       norm(hidden + t * c.width, l.ffn_norm, c.epsilon, x);
-      prepare(kind, s.normed, t, x, c.width);
+      prepare(l.gate_up.kind, s.normed, t, x, c.width);
       choose(index, t, x, {GATE, UP});
       if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
     });
@@ -272,7 +279,7 @@ struct Step {
     m.team.barrier();
     share[8].each(tokens, 1, [&](int64_t t) {
       const float* x = s.inner + t * c.ffn;
-      prepare(kind, s.gated, t, x, c.ffn);
+      prepare(l.down.kind, s.gated, t, x, c.ffn);
       reduce(index, t, x, c.ffn, {DOWN});
     });
     m.team.barrier();
@@ -305,24 +312,25 @@ void* gr_create(const Config* config) {
 void gr_destroy(void* model) { delete static_cast<Model*>(model); }
 
 // Take over one weight, given as float32: which = 0 qkv, 1 out, 2 gate and up, 3 down, 4 head (matrices [rows, cols]);
-// 5 attention norm, 6 FFN norm, 7 final norm, 8 cos, 9 sin (vectors of rows * cols). Returns 0, or 1 without memory.
-int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows, int64_t cols) {
+// 5 attention norm, 6 FFN norm, 7 final norm, 8 cos, 9 sin, 10 qkv bias, 11 q norm, 12 k norm (vectors). Returns 0, or 1 without memory.
+int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows, int64_t cols, int kind) {
   Model& m = *static_cast<Model*>(handle);
   if (which >= 5) {
-    std::vector<float>* vectors[] = {&m.layers[layer].attention_norm, &m.layers[layer].ffn_norm, &m.final_norm, &m.cos, &m.sin};
+    Layer& l = m.layers[layer];
+    std::vector<float>* vectors[] = {&l.attention_norm, &l.ffn_norm, &m.final_norm, &m.cos, &m.sin,
+                                     &l.qkv_bias, &l.q_norm, &l.k_norm};
     vectors[which - 5]->assign(w, w + rows * cols);
     return 0;
   }
   Layer& l = m.layers[layer];
   Matrix* matrices[] = {&l.qkv, &l.out, &l.gate_up, &l.down, &m.head};
   std::unique_ptr<Pages>& pages = which == 4 ? m.head_pages : l.pages[which];
-  const Kind kind = Kind(which == 4 ? m.c.head_kind : m.c.kind);
   try {
-    pages = std::make_unique<Pages>(matrix_bytes(kind, rows, cols));
+    pages = std::make_unique<Pages>(matrix_bytes(Kind(kind), rows, cols));
   } catch (const std::bad_alloc&) {
     return 1;
   }
-  *matrices[which] = view(kind, rows, cols, pages->data);
+  *matrices[which] = view(Kind(kind), rows, cols, pages->data);
   const int64_t half = rows / 2;
   pack(*matrices[which], w, [&](int64_t r) {  // gate and up alternate, block by block
     return which != 2 ? r : r % 32 < 16 ? r / 32 * 16 + r % 16 : half + r / 32 * 16 + r % 16;
@@ -364,12 +372,11 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
   }
   for (auto& share : m.shares) share.reset();
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
-  const Kind kind = Kind(m.c.head_kind);
   m.team.run([&](int) {
     m.shares[0].each(tokens, 1, [&](int64_t t) {
       float* x = m.s.x + t * m.c.width;
       norm(hidden + t * m.c.width, m.final_norm, m.c.epsilon, x);
-      prepare(kind, m.s.normed, t, x, m.c.width);
+      prepare(m.head.kind, m.s.normed, t, x, m.c.width);
     });
     m.team.barrier();
     step.product(m.shares[1], m.head, m.s.normed, 1, [&](int64_t block, int64_t t, float* y, float*) {
@@ -391,11 +398,10 @@ int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t to
   Layer& l = m.layers[layer];
   const Matrix& matrix = *(const Matrix*[]){&l.qkv, &l.out, &l.gate_up, &l.down, &m.head}[which];
   const Input& in = which == 1 ? m.s.attended : which == 3 ? m.s.gated : m.s.normed;
-  const Kind kind = Kind(which == 4 ? m.c.head_kind : m.c.kind);
   for (auto& share : m.shares) share.reset();
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
   m.team.run([&](int) {
-    m.shares[0].each(tokens, 1, [&](int64_t t) { prepare(kind, in, t, x + t * matrix.cols, matrix.cols); });
+    m.shares[0].each(tokens, 1, [&](int64_t t) { prepare(matrix.kind, in, t, x + t * matrix.cols, matrix.cols); });
     m.team.barrier();
     step.product(m.shares[1], matrix, in, which == 2 ? 2 : 1, [&](int64_t item, int64_t t, float* a, float* b) {
       const int64_t o = item * LANES, count = std::min<int64_t>(LANES, matrix.rows - o);
