@@ -142,7 +142,7 @@ class NativeStep:
     Args:
         library: from `runtime.kernels.native_build.build`.
         shape: sizes.
-        weights: how matrices are kept. int8 and int4: codes with a float16 scale per output and 64 inputs; inputs are
+        weights: how matrices are kept; with int4, `out`, `down` and the head are int8. int8 and int4: codes with a float16 scale per output and 64 inputs; inputs are
             rounded to 8 bits per token and 64 values. bfloat16: inputs too are rounded to it. Sums are float32.
         threads: that compute, the caller's among them.
     """
@@ -251,10 +251,9 @@ class NativeStep:
             raise BudgetError("the native step got no memory for its weights or buffers")
 
 
-_EIGHT = {"head","out","down"}
 def _kept_as(name: str, weights: WeightKind) -> WeightKind:
     """What a matrix is kept in: where 4 bits are asked for, those that bear them worst keep 8."""
-    return "int8" if weights == "int4" and name in _EIGHT else weights
+    return "int8" if weights == "int4" and name in ("out", "down", "head") else weights
 
 
 def _address(tensor: torch.Tensor) -> int:
