@@ -97,8 +97,8 @@ class AttentionPlan:
             end, stop = begin + segment.length, segment.start + segment.length
             keys[segment.slot, :, segment.start : stop] = k[begin:end].transpose(0, 1)
             values[segment.slot, :, segment.start : stop] = v[begin:end].transpose(0, 1)
-            seen = (cached[segment.slot, :, :stop].to(q.dtype) for cached in (keys, values))
-            out[begin:end] = _prefill(*seen, q[begin:end])
+            seen_keys, seen_values = (cached[segment.slot, :, :stop].to(q.dtype) for cached in (keys, values))
+            out[begin:end] = _prefill(seen_keys, seen_values, q[begin:end])
             begin = end
         return out.view(q.shape[0], -1)
 

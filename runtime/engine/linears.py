@@ -1,7 +1,7 @@
 """The forms in which a base's matrices are kept, and the product with each: `y = W x`.
 
 It knows nothing of models.
-Read first: `Keep` turns a weight into a callable once, at load. Rounded forms exist for CPUs; sums are at least float32.
+Read first: `Keep` turns a weight into a callable once, at load. Rounded forms are for CPUs and use torch's products.
 """
 
 from __future__ import annotations
@@ -40,23 +40,25 @@ def keep_int4(name: str, layer: int, weight: torch.Tensor) -> Linear:
     if name in ("out", "down", "head") or weight.shape[1] % _INT4_GROUP or weight.shape[0] % 16:
         return keep_int8(name, layer, weight)
     _check_cpu(weight)
-    groups = weight.float().unflatten(1, (-1, _INT4_GROUP))
+    groups = weight.float().view(weight.shape[0], -1, _INT4_GROUP)
     low, high = groups.amin(dim=2), groups.amax(dim=2)
     scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
     codes = torch.round((groups - low.unsqueeze(2)) / scale.unsqueeze(2)).clamp(0, 15).flatten(1).to(torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INT4_TILES)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INT4_TILES)  # noqa: SLF001
     # The product computes (code - 8) * scale + zero.
     parts = torch.stack((scale, low + 8 * scale), dim=2).transpose(0, 1).contiguous().to(torch.bfloat16)
     return partial(_int4, packed=packed, parts=parts)
 
 
 def _int8(x: torch.Tensor, *, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16), codes, scale).to(x.dtype)
+    y: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16), codes, scale)  # noqa: SLF001
+    return y.to(x.dtype)
 
 
 def _int4(x: torch.Tensor, *, packed: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), packed, _INT4_GROUP, parts)
-    return product.to(x.dtype)
+    op = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
+    y: torch.Tensor = op(x.to(torch.bfloat16), packed, _INT4_GROUP, parts)
+    return y.to(x.dtype)
 
 
 def _check_cpu(weight: torch.Tensor) -> None:

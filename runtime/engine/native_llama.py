@@ -22,15 +22,8 @@ from runtime.engine.llama import LlamaModel, MixtureRows, check_supported
 from runtime.engine.stage import FetchExpert, Stage
 from runtime.engine.staged_router import StagedColumn
 from runtime.errors import UnsupportedDeviceError
-from runtime.kernels.native_step import (
-    MAX_K,
-    NativeColumn,
-    NativeMixture,
-    NativeStage,
-    NativeStep,
-    StepShape,
-    WeightKind,
-)
+from runtime.kernels.native_step import MAX_K, NativeColumn, NativeMixture, NativeStage, NativeStep, StepShape
+from runtime.kernels.step_kinds import WeightKind
 from runtime.model.expert import Expert
 from runtime.model.mixture import Mixture
 
@@ -47,7 +40,7 @@ class NativeLlama(LlamaModel):
 
     Raises:
         InvalidInputError: an architecture or option that this step does not compute.
-        UnsupportedDeviceError: widths that are not multiples of 16.
+        UnsupportedDeviceError: widths that are not multiples of 16, or a model that is not on the CPU.
     """
 
     def __init__(
@@ -66,6 +59,8 @@ class NativeLlama(LlamaModel):
             context=max_context,
             epsilon=float(config.rms_norm_eps),
         )
+        if model.device.type != "cpu":
+            raise UnsupportedDeviceError(f"the native step runs on a CPU, the base is on {model.device}")
         if not shape.native:
             raise UnsupportedDeviceError(f"the native step takes widths in multiples of 16, this base has {shape}")
         self._step = NativeStep(library, shape, weights=weights, threads=threads)
@@ -157,7 +152,7 @@ def _column(expert: Expert) -> NativeColumn:
     """The expert where it lies; copied only where its B is not kept transposed, or its dtype is a third one."""
     halves = all(update.a.dtype == torch.bfloat16 for update in expert.updates.values())
     dtype = torch.bfloat16 if halves else torch.float32
-    updates = {
+    updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
         target: (update.a.to(dtype).contiguous(), update.b.t().to(dtype).contiguous())
         for target, update in expert.updates.items()
     }

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import torch
 
 from runtime.errors import BudgetError
+from runtime.kernels.step_kinds import WeightKind
 
-WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
-KINDS: tuple[WeightKind, ...] = ("float32", "bfloat16", "int8", "int4")
+KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 TARGET_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_K = 8
 _MATRICES = ("qkv", "out", "gate_up", "down", "head")
@@ -142,8 +142,9 @@ class NativeStep:
     Args:
         library: from `runtime.kernels.native_build.build`.
         shape: sizes.
-        weights: how matrices are kept; with int4, `out`, `down` and the head are int8. int8 and int4: codes with a float16 scale per output and 64 inputs; inputs are
-            rounded to 8 bits per token and 64 values. bfloat16: inputs too are rounded to it. Sums are float32.
+        weights: how matrices are kept. int8 and int4: codes with a float16 scale per output and 64 (int4: 32) inputs,
+            and inputs rounded to 8 bits per token and 64 values; with int4, `out`, `down` and the head are int8.
+            bfloat16: inputs too are rounded to it. Sums are float32.
         threads: that compute, the caller's among them.
     """
 
@@ -152,7 +153,7 @@ class NativeStep:
         self._library.gr_create.restype = ctypes.c_void_p
         self.shape = shape
         self._kinds = {name: KINDS.index(_kept_as(name, weights)) for name in _MATRICES}
-        sizes = {name: getattr(shape, name) for name, _ in _Config._fields_ if hasattr(shape, name)}
+        sizes = {field.name: getattr(shape, field.name) for field in fields(shape)}
         config = _Config(**sizes, threads=threads)
         self._handle = ctypes.c_void_p(self._library.gr_create(ctypes.byref(config)))
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
