@@ -38,7 +38,6 @@ def serve(
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,
     prefetch: flags.PrefetchFlag = flags.LIMITS.prefetch,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
-    step: flags.StepFlag = flags.DEFAULT_STEP,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
     grace: Annotated[
         float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")
@@ -49,6 +48,9 @@ def serve(
     ready_file: Annotated[Path | None, typer.Option(help="File to write the port to when ready.")] = None,
     max_message: Annotated[str, typer.Option(help="Largest message, as in 64MiB.")] = _SERVER.max_message,
     max_calls: Annotated[int, typer.Option(min=1, help="Calls in flight at most.")] = _SERVER.max_calls,
+    coalesce: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Seconds that tokens may wait to be sent together; not the first.")
+    ] = _SERVER.coalesce,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens; see `greenroom token`.")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM: the server's certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM: its private key.")] = None,

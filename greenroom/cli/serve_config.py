@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from greenroom.cli import engine_flags as flags
 from runtime.engine.options import Policy
 from runtime.errors import InvalidInputError
-from runtime.kernels.step_kinds import StepKind, WeightKind
 from runtime.memory.eviction import EvictionName
 from runtime.service.models import DEFAULT_NAME
 
@@ -33,8 +32,7 @@ class EngineSection(_Section):
     """The engine; the names are those of the flags, and of `flags.collect`."""
 
     base: str | None = None
-    dtype: WeightKind = flags.DEFAULT_DTYPE
-    step: StepKind = flags.DEFAULT_STEP
+    dtype: flags.Dtype = flags.DEFAULT_DTYPE
     threads: Annotated[int, Field(ge=0)] = flags.DEFAULT_THREADS
     expert_memory: str = flags.DEFAULT_EXPERT_MEMORY
     kv_memory: str = flags.DEFAULT_KV_MEMORY
@@ -54,6 +52,7 @@ class ServerSection(_Section):
     follow: Annotated[float, Field(ge=0)] = 2.0
     ready_file: Path | None = None
     max_message: str = "64MiB"
+    coalesce: Annotated[float, Field(ge=0, le=1)] = 0.02
     max_calls: Annotated[int, Field(ge=1, le=100_000)] = 1024
     tokens: Path | None = None
 

@@ -46,6 +46,7 @@ def make_server(chosen: ServeConfig, engine: Engine, tracing: Tracing | None) ->
         grace_s=section.grace,
         max_message_bytes=parse_size("max_message", section.max_message),
         max_calls=section.max_calls,
+        coalesce_s=section.coalesce,
         tls=tls_files(chosen.tls),
         guard=guard,
         name=section.name,

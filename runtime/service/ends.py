@@ -12,7 +12,7 @@ from runtime.engine.request import Failed, Finished, Located
 from runtime.service.call import CALL
 
 if TYPE_CHECKING:
-    from runtime.service.answers import Told
+    from runtime.service.event_stream import Told
     from runtime.service.guard import Guard
 
 

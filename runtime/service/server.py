@@ -66,6 +66,7 @@ class Server:
         max_message_bytes: largest message in either direction.
         max_calls: calls in flight; more are refused with RESOURCE_EXHAUSTED.
         num_submit_threads: requests tokenised at the same time.
+        coalesce_s: seconds that tokens may wait for those that follow, see `Answers`.
         tls: certificate and key; None serves in the clear.
         guard: who may call, how much, and who is told; by default everybody, except for administration.
         services: served beside our own; each is told of requests by the same guard.
@@ -82,6 +83,7 @@ class Server:
         max_message_bytes: int = 64 * 1024 * 1024,
         max_calls: int = 1024,
         num_submit_threads: int = 4,
+        coalesce_s: float = 0.0,
         tls: TlsFiles | None = None,
         guard: Guard | None = None,
         services: Sequence[Service] = (),
@@ -97,7 +99,9 @@ class Server:
         self._guard = guard or Guard()
         self._services = tuple(services)
         self._names = (SERVICE_NAME, INFERENCE_NAME, *(service.name for service in self._services))
-        self.answers = Answers(engine, num_threads=num_submit_threads, teller=partial(told, self._guard))
+        self.answers = Answers(
+            engine, num_threads=num_submit_threads, coalesce_s=coalesce_s, teller=partial(told, self._guard)
+        )
         self.models = Models(engine, self.answers, name=name, is_ready=self._is_ready)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
