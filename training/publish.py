@@ -17,7 +17,7 @@ from safetensors.torch import save
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.generation import base_ref, check_base
-from runtime.model.locator import frame_shapes
+from runtime.model.locator import frame_shapes, vae_shapes
 from runtime.model.manifest import (
     BaseRef,
     ExpertSet,
@@ -96,7 +96,7 @@ class NewTask:
 
     Args:
         name: of the task.
-        prompts: token ids of prompts of the task, for the locator.
+        prompts: token ids of prompts of the task, for the locator; without any it is never located.
         experts: its own expert set and the bytes of it; None where it brings none.
         router: tensors as in `runtime.model.routers.router_shapes`.
         kind: of the router.
@@ -217,6 +217,8 @@ class _Density:
 def _density(
     base: BaseModel, prompts: Sequence[Sequence[int]], sight: Sight, config: TrainingConfig, name: str
 ) -> _Density:
+    if not prompts:
+        return _unlocatable()
     own = features(base, prompts, sight.layer)
     seed = seed_for(config.seed, name, "density", str(sight.layer))
     vae, calibration = train_entry(sight.frame, own, sight.reference, config, seed=seed)
@@ -225,6 +227,14 @@ def _density(
         digest=_sha256(blob), mean=calibration.mean, sd=calibration.sd, threshold=calibration.threshold
     )
     return _Density(vae, blob, entry)
+
+
+def _unlocatable() -> _Density:
+    """A density that is far from every prompt, and refuses it besides: its task is only ever pinned."""
+    vae = {name: torch.zeros(shape) for name, shape in vae_shapes().items()}
+    vae["output.bias"].fill_(1e4)
+    blob = save(vae)
+    return _Density(vae, blob, LocatorEntry(digest=_sha256(blob), mean=0.0, sd=1.0, threshold=-1.0))
 
 
 def _reference_features(base: BaseModel, template: PromptTemplate, layer: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from greenroom.cli.adopt import app as adopt
 from greenroom.cli.ask import ask
 from greenroom.cli.base import app as base
 from greenroom.cli.batch import batch
@@ -57,6 +58,7 @@ def options(
 
 
 app.add_typer(base, name="base")
+app.add_typer(adopt, name="import")
 app.add_typer(repertoire, name="repertoire")
 app.add_typer(token, name="token")
 for command in (train, evaluate, export, locate, serve, ask, batch, demo):
