@@ -37,6 +37,7 @@ def batch(
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,
     prefetch: flags.PrefetchFlag = flags.LIMITS.prefetch,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
+    step: flags.StepFlag = flags.DEFAULT_STEP,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
 ) -> None:
     """Answer every line of a JSONL file; the tasks are located."""
@@ -50,6 +51,7 @@ def batch(
         trust=trust,
         base=base,
         dtype=dtype,
+        step=step,
         threads=threads,
         expert_memory=expert_memory,
         kv_memory=kv_memory,

@@ -10,13 +10,11 @@ from greenroom.cli.engine_flags import EngineFlags
 from greenroom.cli.places import cache_folder
 from runtime.engine.engine import Engine
 from runtime.engine.follower import open_held
-from runtime.engine.llama import LlamaModel
+from runtime.engine.step_model import load_dtype, make_step_model
 from runtime.model.base import load_base, resolve_base
 from runtime.model.generation import check_base
 from runtime.model.repertoire import Repertoire
 from runtime.model.signature import TrustPolicy
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_repertoire(flags: EngineFlags) -> Repertoire:
@@ -40,11 +38,18 @@ def build_engine(flags: EngineFlags) -> Engine:
     generation, let_go = open_held(repertoire)
     folder = resolve_base(flags.base or generation.manifest.base.name, cache=cache_folder())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(folder, dtype=_DTYPES[flags.dtype], device=device)
+    base = load_base(folder, dtype=load_dtype(flags.dtype), device=device)
     check_base(generation.manifest, base.info)
     max_context = min(flags.limits.max_context, base.model.config.max_position_embeddings)
     return Engine(
-        LlamaModel(base.model, max_context=max_context),
+        make_step_model(
+            base.model,
+            max_context=max_context,
+            weights=flags.dtype,
+            step=flags.step,
+            folder=cache_folder() / "native",
+            threads=torch.get_num_threads(),
+        ),
         base.tokenizer,
         base.eos_token_ids,
         repertoire=repertoire,

@@ -8,15 +8,14 @@ those of `runtime.engine.options`.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from runtime.engine.options import EngineOptions, Policy
 from runtime.errors import InvalidInputError
+from runtime.kernels.step_kinds import StepKind, WeightKind
 from runtime.memory.eviction import EvictionName
-
-Dtype = Literal["float32", "bfloat16"]
 
 RepertoireFlag = Annotated[Path, typer.Option("--repertoire", help="Folder of the repertoire.")]
 TrustFlag = Annotated[
@@ -30,7 +29,10 @@ BaseFlag = Annotated[
 ExpertMemoryFlag = Annotated[str, typer.Option("--expert-memory", help="Bytes of experts in memory, as in 64MiB.")]
 KvMemoryFlag = Annotated[str, typer.Option("--kv-memory", help="Bytes of KV cache, as in 1GiB.")]
 MaxRunningFlag = Annotated[int, typer.Option("--max-running", min=1, help="Sequences in the running batch at most.")]
-DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="What the base model computes in.")]
+DtypeFlag = Annotated[WeightKind, typer.Option("--dtype", help="What the weights of the base model are kept in.")]
+StepFlag = Annotated[
+    StepKind, typer.Option("--step", help="Who computes: our native step, torch, or the native one where it runs.")
+]
 ThreadsFlag = Annotated[int, typer.Option("--threads", min=0, help="Threads to compute with; 0 lets torch choose.")]
 PolicyFlag = Annotated[
     Policy, typer.Option("--policy", help="Who goes first: by arrival, with the most experts in memory, or by task.")
@@ -45,7 +47,8 @@ PrefetchFlag = Annotated[
 LIMITS = EngineOptions()
 DEFAULT_EXPERT_MEMORY = f"{LIMITS.expert_budget_bytes >> 20}MiB"
 DEFAULT_KV_MEMORY = f"{LIMITS.kv_budget_bytes >> 20}MiB"
-DEFAULT_DTYPE: Dtype = "float32"
+DEFAULT_DTYPE: WeightKind = "float32"
+DEFAULT_STEP: StepKind = "auto"
 DEFAULT_THREADS = 0
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", re.IGNORECASE)
@@ -60,7 +63,8 @@ class EngineFlags:
         repertoire: folder.
         trust: public key or folder of them; None serves unsigned generations too.
         base: known name or folder of the base model; None takes what the repertoire names.
-        dtype: what the base model computes in.
+        dtype: what the weights of the base model are kept in.
+        step: who computes; see `runtime.kernels.step_kinds`.
         threads: to compute with; 0 lets torch choose.
         limits: budgets and bounds.
     """
@@ -68,7 +72,8 @@ class EngineFlags:
     repertoire: Path
     trust: Path | None
     base: str | None
-    dtype: Dtype
+    dtype: WeightKind
+    step: StepKind
     threads: int
     limits: EngineOptions
 
@@ -78,7 +83,8 @@ def collect(
     repertoire: Path,
     trust: Path | None,
     base: str | None,
-    dtype: Dtype,
+    dtype: WeightKind,
+    step: StepKind,
     threads: int,
     expert_memory: str,
     kv_memory: str,
@@ -100,7 +106,9 @@ def collect(
         eviction=eviction,
         prefetch=prefetch,
     )
-    return EngineFlags(repertoire=repertoire, trust=trust, base=base, dtype=dtype, threads=threads, limits=limits)
+    return EngineFlags(
+        repertoire=repertoire, trust=trust, base=base, dtype=dtype, step=step, threads=threads, limits=limits
+    )
 
 
 def parse_size(field: str, text: str) -> int:

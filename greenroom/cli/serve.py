@@ -38,6 +38,7 @@ def serve(
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,
     prefetch: flags.PrefetchFlag = flags.LIMITS.prefetch,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
+    step: flags.StepFlag = flags.DEFAULT_STEP,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
     grace: Annotated[
         float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")

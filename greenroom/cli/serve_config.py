@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from greenroom.cli import engine_flags as flags
 from runtime.engine.options import Policy
 from runtime.errors import InvalidInputError
+from runtime.kernels.step_kinds import StepKind, WeightKind
 from runtime.memory.eviction import EvictionName
 from runtime.service.models import DEFAULT_NAME
 
@@ -32,7 +33,8 @@ class EngineSection(_Section):
     """The engine; the names are those of the flags, and of `flags.collect`."""
 
     base: str | None = None
-    dtype: flags.Dtype = flags.DEFAULT_DTYPE
+    dtype: WeightKind = flags.DEFAULT_DTYPE
+    step: StepKind = flags.DEFAULT_STEP
     threads: Annotated[int, Field(ge=0)] = flags.DEFAULT_THREADS
     expert_memory: str = flags.DEFAULT_EXPERT_MEMORY
     kv_memory: str = flags.DEFAULT_KV_MEMORY

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -37,24 +38,39 @@ class AttentionPlan:
     """
 
     def __init__(self, decode: Sequence[tuple[int, int]], segments: Sequence[Segment], device: torch.device) -> None:
+        self.decode = tuple(decode)
         self.num_decode = len(decode)
         self.segments = tuple(segments)
-        self.num_tokens = self.num_decode + sum(segment.length for segment in segments)
-        places = [torch.tensor([position for _, position in decode], dtype=torch.int64)]
-        places += [torch.arange(segment.start, segment.start + segment.length) for segment in segments]
-        self.positions = torch.cat(places).to(device)
-        self.slots = torch.tensor([slot for slot, _ in decode], device=device)
-        if decode:
-            self.span = max(slot for slot, _ in decode) + 1
-            self.context = max(position for _, position in decode) + 1
-            lengths = torch.zeros(self.span, dtype=torch.int64)
-            for slot, position in decode:
-                lengths[slot] = position + 1
-            # Rows of the span that do not decode see everything: their result is not read, but must be finite.
-            hidden = torch.arange(self.context) >= lengths.unsqueeze(1)
-            hidden[lengths == 0] = False
-            self.bias = torch.zeros(self.span, 1, 1, self.context).masked_fill_(hidden[:, None, None], -math.inf)
-            self.bias = self.bias.to(device)
+        self._device = device
+
+    def places(self) -> tuple[list[int], list[int]]:
+        """Slot and position of every token."""
+        slots, positions = [slot for slot, _ in self.decode], [position for _, position in self.decode]
+        for segment in self.segments:
+            slots += [segment.slot] * segment.length
+            positions += range(segment.start, segment.start + segment.length)
+        return slots, positions
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[T] int64."""
+        return torch.tensor(self.places()[1], device=self._device)
+
+    @cached_property
+    def _slots(self) -> torch.Tensor:
+        return torch.tensor([slot for slot, _ in self.decode], device=self._device)
+
+    @cached_property
+    def _bias(self) -> torch.Tensor:
+        """[slots up to the last that decodes, 1, 1, context]: 0 where a slot's new token sees, -inf elsewhere."""
+        lengths = torch.zeros(max(slot for slot, _ in self.decode) + 1, dtype=torch.int64)
+        for slot, position in self.decode:
+            lengths[slot] = position + 1
+        hidden = torch.arange(int(lengths.max())) >= lengths.unsqueeze(1)
+        # Rows of the span that do not decode see everything: their result is not read, but must be finite.
+        hidden[lengths == 0] = False
+        bias = torch.zeros(len(lengths), 1, 1, hidden.shape[1]).masked_fill_(hidden[:, None, None], -math.inf)
+        return bias.to(self._device)
 
     def attend(self, cache: KVCache, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Write keys and values of the step's tokens into the cache, then attend causally.
@@ -73,27 +89,29 @@ class AttentionPlan:
         out = torch.empty_like(q)
         num = self.num_decode
         if num:
-            keys[self.slots, :, self.positions[:num]] = k[:num]
-            values[self.slots, :, self.positions[:num]] = v[:num]
+            keys[self._slots, :, self.positions[:num]] = k[:num].to(keys.dtype)
+            values[self._slots, :, self.positions[:num]] = v[:num].to(values.dtype)
             out[:num] = self._decode(keys, values, q[:num])
         begin = num
         for segment in self.segments:
             end, stop = begin + segment.length, segment.start + segment.length
             keys[segment.slot, :, segment.start : stop] = k[begin:end].transpose(0, 1)
             values[segment.slot, :, segment.start : stop] = v[begin:end].transpose(0, 1)
-            out[begin:end] = _prefill(keys[segment.slot, :, :stop], values[segment.slot, :, :stop], q[begin:end])
+            seen_keys, seen_values = (cached[segment.slot, :, :stop].to(q.dtype) for cached in (keys, values))
+            out[begin:end] = _prefill(seen_keys, seen_values, q[begin:end])
             begin = end
         return out.view(q.shape[0], -1)
 
     def _decode(self, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """`softmax(q K^T / sqrt(width)) V` for one query per sequence; heads of a KV group share one matmul."""
         num_kv, width = keys.shape[1], q.shape[2]
-        spread = q.new_zeros(self.span, num_kv, q.shape[1] // num_kv, width)
-        spread[self.slots] = q.view(q.shape[0], num_kv, -1, width) * width**-0.5
-        scores = spread @ keys[: self.span, :, : self.context].transpose(2, 3)
-        weights = torch.softmax(scores.float() + self.bias, dim=-1).to(q.dtype)
-        mixed = weights @ values[: self.span, :, : self.context]
-        return mixed[self.slots].view(q.shape)
+        span, _, _, context = self._bias.shape
+        spread = q.new_zeros(span, num_kv, q.shape[1] // num_kv, width)
+        spread[self._slots] = q.view(q.shape[0], num_kv, -1, width) * width**-0.5
+        scores = spread @ keys[:span, :, :context].to(q.dtype).transpose(2, 3)
+        weights = torch.softmax(scores.float() + self._bias, dim=-1).to(q.dtype)
+        mixed = weights @ values[:span, :, :context].to(q.dtype)
+        return mixed[self._slots].view(q.shape)
 
 
 def _prefill(keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Engine:
             model.kv_shape(),
             num_slots=options.max_running,
             budget_bytes=options.kv_budget_bytes,
-            dtype=model.dtype,
+            dtype=model.kv_dtype,
             device=model.device,
         )
         first_layer = generation.manifest.first_layer

@@ -59,18 +59,18 @@ class RouteWatch:
     """
 
     def __init__(self, tokens: Mapping[int, tuple[Explanation, int]]) -> None:
-        self._tokens = dict(tokens)
+        self.tokens = dict(tokens)
         self._layers: dict[int, torch.Tensor] = {}
 
     def note(self, layer: int, weights: torch.Tensor) -> None:
         """Keep what is asked for of a layer's weights [T, C]."""
-        self._layers[layer] = weights[list(self._tokens)].cpu()
+        self._layers[layer] = weights[list(self.tokens)].cpu()
 
     def tell(self, stage: Stage) -> None:
         """Count all that was noted; a token whose mixture has no router in a layer counts nothing there."""
         for layer, weights in self._layers.items():
             rows = {staged.row: staged for staged in stage.layers[layer].router.rows}
-            for place, (explanation, row) in enumerate(self._tokens.values()):
+            for place, (explanation, row) in enumerate(self.tokens.values()):
                 if row in rows:
                     begin, end = rows[row].begin, rows[row].end
                     columns = stage.layers[layer].columns[begin:end]

@@ -70,6 +70,8 @@ class StepRunner:
         borders = sorted({border for flow in flows for border in (flow.layers.start, flow.layers.stop)})
         for start, stop in pairwise(borders):
             self._run_range(range(start, stop), [flow for flow in flows if start in flow.layers])
+        owners = (sequence for flow in flows for sequence in flow.sequences)
+        self._model.forget(frozenset(each.mixture.digest for each in owners if each.mixture is not None))
         return self._finish(flows)
 
     def _decode_flow(self, sequences: tuple[Sequence, ...]) -> _Flow:

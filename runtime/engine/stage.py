@@ -129,10 +129,11 @@ class Stage:
         mixtures: distinct mixtures, each with the way to its reserved experts.
         packs: keeps what is packed.
 
-    `layers` maps a layer to its pack, which is made when it is first asked for.
+    `layers` maps a layer to its pack, which is made when it is first asked for; row i + 1 is `mixtures[i]`.
     """
 
     def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: LayerPacks) -> None:
+        self.mixtures = tuple(mixtures)
         self.rows = {mixture.digest: 1 + i for i, (mixture, _) in enumerate(mixtures)}
         self.layers: Mapping[int, StagedLayer] = _Layers(mixtures, packs)
 

@@ -1,0 +1,175 @@
+"""A Llama-family model on the native step: a whole range of layers in one call, on a CPU.
+
+It knows nothing of requests; it is `LlamaModel` with another inside.
+Read first: mixtures whose routers keep the K largest run natively, with the experts where they lie in memory. A step
+with any other mixture runs layer by layer as in `LlamaModel`, on the same packed weights. Torch itself should use one
+thread beside this: its threads spin for a while after each operation, on the cores that the step needs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from runtime.engine.attention import AttentionPlan
+from runtime.engine.explain import RouteWatch
+from runtime.engine.kv import KVCache
+from runtime.engine.linears import Linear
+from runtime.engine.llama import LlamaModel, MixtureRows, check_supported
+from runtime.engine.stage import FetchExpert, Stage
+from runtime.engine.staged_router import StagedColumn
+from runtime.errors import UnsupportedDeviceError
+from runtime.kernels.native_step import MAX_K, NativeColumn, NativeMixture, NativeStage, NativeStep, StepShape
+from runtime.kernels.step_kinds import WeightKind
+from runtime.model.expert import Expert
+from runtime.model.mixture import Mixture
+
+
+class NativeLlama(LlamaModel):
+    """As `LlamaModel`; the residual stream is float32.
+
+    Args:
+        model: a Hugging Face model on the CPU; taken over.
+        max_context: positions to prepare.
+        library: from `runtime.kernels.native_build.build`.
+        weights: how matrices are kept; see `NativeStep`.
+        threads: that compute.
+
+    Raises:
+        InvalidInputError: an architecture or option that this step does not compute.
+        UnsupportedDeviceError: widths that are not multiples of 16, or a model that is not on the CPU.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, max_context: int, library: Path, weights: WeightKind, threads: int
+    ) -> None:
+        config = model.config
+        check_supported(config, max_context)
+        shape = StepShape(
+            layers=int(config.num_hidden_layers),
+            width=int(config.hidden_size),
+            ffn=int(config.intermediate_size),
+            heads=int(config.num_attention_heads),
+            kv_heads=int(config.num_key_value_heads),
+            head_width=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+            vocabulary=int(config.vocab_size),
+            context=max_context,
+            epsilon=float(config.rms_norm_eps),
+        )
+        if model.device.type != "cpu":
+            raise UnsupportedDeviceError(f"the native step runs on a CPU, the base is on {model.device}")
+        if not shape.native:
+            raise UnsupportedDeviceError(f"the native step takes widths in multiples of 16, this base has {shape}")
+        self._step = NativeStep(library, shape, weights=weights, threads=threads)
+        self._cache: KVCache | None = None
+        self._mixtures: dict[str, NativeMixture] = {}
+        super().__init__(model, max_context=max_context, keep=self._keep, dtype=torch.float32)
+        self.kv_dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        for index, layer in enumerate(self.layers):
+            for name in ("attention_norm", "ffn_norm", "qkv_bias", "q_norm", "k_norm"):
+                vector = getattr(layer, name)
+                if vector is not None:
+                    self._step.set(name, index, vector)
+        self._step.set("final_norm", 0, self.final_norm)
+        self._step.set("cos", 0, self.cos.flatten())
+        self._step.set("sin", 0, self.sin.flatten())
+
+    def _keep(self, name: str, layer: int, weight: torch.Tensor) -> Linear:
+        self._step.set(name, layer, weight)
+        return partial(self._step.linear, name, layer)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `LlamaModel.logits`."""
+        return self._step.logits(hidden.contiguous())
+
+    def forget(self, running: frozenset[str]) -> None:
+        """As `LlamaModel.forget`: experts of other mixtures may leave memory."""
+        for digest in self._mixtures.keys() - running:
+            del self._mixtures[digest]
+
+    def run_layers(
+        self,
+        hidden: torch.Tensor,
+        layers: range,
+        plan: AttentionPlan,
+        cache: KVCache,
+        mixtures: MixtureRows | None,
+    ) -> None:
+        """As `LlamaModel.run_layers`."""
+        stage = self._stage(mixtures.stage, layers) if mixtures else None
+        if mixtures is not None and stage is None:
+            super().run_layers(hidden, layers, plan, cache, mixtures)
+            return
+        if self._cache is not cache:
+            self._step.set_cache(cache.keys, cache.values)
+            self._cache = cache
+        slots, positions = plan.places()
+        watch = mixtures.watch if mixtures else None
+        record = torch.zeros(len(self.layers), len(slots), 1 + 2 * MAX_K, dtype=torch.int32) if watch else None
+        self._step.run_layers(
+            hidden,
+            layers,
+            torch.tensor(positions, dtype=torch.int32),
+            torch.tensor(slots, dtype=torch.int32),
+            stage=stage,
+            rows=mixtures.rows.to(torch.int32) if mixtures else None,
+            alone=len(set(slots)) == len(slots),
+            record=record,
+        )
+        if watch is not None and record is not None and mixtures is not None:
+            _tell(watch, mixtures.stage, layers, record)
+
+    def _stage(self, stage: Stage, layers: range) -> NativeStage | None:
+        """The mixtures of a step, with these layers filled in; None where one of them cannot run natively."""
+        if not all(_is_native(mixture) for mixture, _ in stage.mixtures):
+            return None
+        return NativeStage([None, *(self._mixture(mixture, fetch, layers) for mixture, fetch in stage.mixtures)])
+
+    def _mixture(self, mixture: Mixture, fetch: FetchExpert, layers: range) -> NativeMixture:
+        native = self._mixtures.get(mixture.digest)
+        if native is None:
+            native = NativeMixture(len(self.layers), top_k=mixture.top_k, absolute=mixture.kind == "arrow")
+            self._mixtures[mixture.digest] = native
+        for layer in layers:
+            router = mixture.routers.get(layer)
+            if router is not None and layer not in native:
+                columns = [_column(fetch(digest, layer)) for digest in router.experts]
+                native.set_layer(layer, router.weight.float().contiguous(), columns)
+        return native
+
+
+def _is_native(mixture: Mixture) -> bool:
+    plain = all(
+        router.bias is None and router.constant is None and router.groups is None for router in mixture.routers.values()
+    )
+    return mixture.kind in ("top_k", "arrow") and mixture.top_k <= MAX_K and plain
+
+
+def _column(expert: Expert) -> NativeColumn:
+    """The expert where it lies; copied only where its B is not kept transposed, or its dtype is a third one."""
+    halves = all(update.a.dtype == torch.bfloat16 for update in expert.updates.values())
+    dtype = torch.bfloat16 if halves else torch.float32
+    updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+        target: (update.a.to(dtype).contiguous(), update.b.t().to(dtype).contiguous())
+        for target, update in expert.updates.items()
+    }
+    return NativeColumn(updates, expert.scale)
+
+
+def _tell(watch: RouteWatch, stage: Stage, layers: range, record: torch.Tensor) -> None:
+    """Count the weights of the tokens that are asked for; `record` is [L, T, 1 + 2 * MAX_K] as the step filled it."""
+    for token, (explanation, row) in watch.tokens.items():
+        mixture = stage.mixtures[row - 1][0]
+        for layer in layers:
+            router = mixture.routers.get(layer)
+            if router is None:
+                continue
+            count = int(record[layer, token, 0])
+            places = record[layer, token, 1 : 1 + count].tolist()
+            weights = record[layer, token, 1 + MAX_K : 1 + MAX_K + count].view(torch.float32).tolist()
+            labels = router.labels or ("",) * len(router.experts)
+            columns = [StagedColumn(row, router.experts[place], labels[place]) for place in places]
+            explanation.add(layer, columns, weights)

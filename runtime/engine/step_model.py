@@ -1,0 +1,73 @@
+"""Which step runs a base on this machine: the native one, or torch's operations; and in which form weights are kept.
+
+It knows nothing of requests.
+Read first: "auto" takes the native step wherever it runs, and says in the log why where it does not.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from runtime.engine.linears import Keep, keep_dense, keep_int4, keep_int8
+from runtime.engine.llama import LlamaModel
+from runtime.engine.native_llama import NativeLlama
+from runtime.errors import InvalidInputError, UnsupportedDeviceError
+from runtime.kernels.native_build import build
+from runtime.kernels.step_kinds import StepKind, WeightKind
+
+_log = logging.getLogger(__name__)
+_KEEP: dict[WeightKind, Keep] = {
+    "float32": keep_dense,
+    "bfloat16": keep_dense,
+    "int8": keep_int8,
+    "int4": keep_int4,
+}
+
+
+def load_dtype(weights: WeightKind) -> torch.dtype:
+    """What a base is loaded in, to be kept as `weights` later."""
+    return torch.float32 if weights == "float32" else torch.bfloat16
+
+
+def make_step_model(
+    model: PreTrainedModel,
+    *,
+    max_context: int,
+    weights: WeightKind,
+    step: StepKind,
+    folder: Path,
+    threads: int,
+) -> LlamaModel:
+    """Take over a Hugging Face model.
+
+    Args:
+        model: loaded in `load_dtype(weights)`.
+        max_context: positions to prepare.
+        weights: how its matrices are kept.
+        step: "native" or "torch"; "auto" is native where that runs.
+        folder: where built libraries are kept.
+        threads: for the native step. Torch is set to one thread beside it.
+
+    Raises:
+        UnsupportedDeviceError: "native" was asked for and cannot be had here, or rounded weights on a GPU.
+        InvalidInputError: an architecture or option that no step computes.
+    """
+    for name, value, choices in (("weights", weights, get_args(WeightKind)), ("step", step, get_args(StepKind))):
+        if value not in choices:
+            raise InvalidInputError(name, value, f"is one of {', '.join(choices)}")
+    if step != "torch":
+        try:
+            made = NativeLlama(model, max_context=max_context, library=build(folder), weights=weights, threads=threads)
+        except UnsupportedDeviceError as error:
+            if step == "native":
+                raise
+            _log.info("steps run on torch's operations: %s", error)
+        else:
+            torch.set_num_threads(1)
+            return made
+    return LlamaModel(model, max_context=max_context, keep=_KEEP[weights])

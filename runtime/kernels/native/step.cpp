@@ -1,0 +1,415 @@
+// A range of layers of a Llama-family model over the tokens of one step, on a CPU: one call, one team of threads.
+// It knows nothing of requests, tasks or Python objects; callers own every pointer that they pass.
+// Read first: `gr_layers`. Between two barriers every thread takes items of one phase: tokens, heads or blocks of 16
+// outputs. What a token gets depends on nothing but its own sequence, so a batch and a single request agree bit for bit.
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "attention.h"
+#include "matrix.h"
+#include "mixture.h"
+#include "pool.h"
+
+namespace {
+
+struct Config {
+  int64_t layers, width, ffn, heads, kv_heads, head_width, vocabulary, context;
+  int64_t threads;
+  double epsilon;
+};
+
+struct Layer {
+  std::unique_ptr<Pages> pages[4];
+  Matrix qkv, out, gate_up, down;
+  std::vector<float> attention_norm, ffn_norm;
+  std::vector<float> qkv_bias, q_norm, k_norm;  // empty where the model has none
+};
+
+struct Cache {
+  void* keys;  // [L, slots, kv heads, context, head width]
+  void* values;
+  int64_t slots, context, halves;
+};
+
+// Memory for the tokens of a step; grows, never shrinks.
+struct Scratch {
+  int64_t tokens = 0;
+  std::unique_ptr<Pages> pages;
+  Input normed, attended, gated;  // of width D, heads * head width, F
+  float *x, *qkv, *mixed, *inner, *shrunk;
+  Pairs* pairs;
+  int64_t max_rank = 0;
+};
+
+constexpr int PHASES = 10;
+
+struct Model {
+  Config c;
+  Team team;
+  std::vector<Layer> layers;
+  std::unique_ptr<Pages> head_pages;
+  Matrix head;
+  std::vector<float> final_norm, cos, sin;
+  Cache cache{};
+  Scratch s;
+  std::vector<Share> shares;
+  std::vector<std::vector<float>> scores;
+
+  explicit Model(const Config& config)
+      : c(config), team(int(config.threads)), layers(config.layers), shares(config.layers * PHASES + 1),
+        scores(config.threads) {}
+
+  int64_t attention_width() const { return c.heads * c.head_width; }
+  int64_t qkv_width() const { return (c.heads + 2 * c.kv_heads) * c.head_width; }
+};
+
+void accumulate(float* y, const float* x) { store(y, _mm512_add_ps(load(y), load(x))); }
+
+void norm(const float* x, const std::vector<float>& weight, double epsilon, float* y) {
+  const int64_t n = int64_t(weight.size());
+  const float factor = 1.0f / std::sqrt(dot(x, x, n) / float(n) + float(epsilon));
+  for (int64_t i = 0; i < n; i += LANES) {
+    store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), _mm512_set1_ps(factor)), load(weight.data() + i)));
+  }
+}
+
+template <class T>
+T* take(uint8_t*& at, int64_t count) {
+  T* got = reinterpret_cast<T*>(at);
+  at += up(count * int64_t(sizeof(T)), 64);
+  return got;
+}
+
+Input take_input(uint8_t*& at, int64_t tokens, int64_t cols) {
+  Input in;
+  in.stride = up(cols, GROUP);
+  in.floats = take<float>(at, tokens * in.stride);
+  in.halves = take<bf16>(at, tokens * in.stride);
+  in.codes = take<int8_t>(at, tokens * in.stride);
+  in.scales = take<float>(at, tokens * in.stride / GROUP);
+  in.shift = take<int32_t>(at, tokens * in.stride / GROUP * 2);
+  return in;
+}
+
+void reserve(Model& m, int64_t tokens, int64_t max_rank) {
+  Scratch& s = m.s;
+  if (tokens <= s.tokens && max_rank <= s.max_rank) return;
+  tokens = std::max(up(tokens, 16), s.tokens);
+  max_rank = std::max(up(max_rank, 8), s.max_rank);
+  auto lay_out = [&](uint8_t* at) {
+    s.normed = take_input(at, tokens, m.c.width);
+    s.attended = take_input(at, tokens, m.attention_width());
+    s.gated = take_input(at, tokens, m.c.ffn);
+    s.x = take<float>(at, tokens * m.c.width);
+    s.qkv = take<float>(at, tokens * m.qkv_width());
+    s.mixed = take<float>(at, tokens * m.attention_width());
+    s.inner = take<float>(at, tokens * m.c.ffn);
+    s.shrunk = take<float>(at, tokens * 3 * MAX_K * max_rank);
+    s.pairs = take<Pairs>(at, tokens);
+    return at;
+  };
+  const size_t bytes = size_t(lay_out(nullptr) - static_cast<uint8_t*>(nullptr));
+  s.pages.reset();
+  s.pages = std::make_unique<Pages>(bytes);
+  lay_out(s.pages->data);
+  s.tokens = tokens;
+  s.max_rank = max_rank;
+}
+
+// The step of one call, with what its phases share.
+struct Step {
+  Model& m;
+  float* hidden;
+  int64_t tokens;
+  const int32_t *positions, *slots, *rows;
+  const Stage* stage;
+  Pairs* record;  // [L, tokens] or null: the experts that each token used
+  bool alone;     // no two tokens of the same slot
+
+  float* shrunk(int64_t t, int which) const { return m.s.shrunk + (t * 3 + which) * MAX_K * m.s.max_rank; }
+
+  // The experts of token t in a layer, or null.
+  const MixtureLayer* experts(int64_t index, int64_t t) const {
+    const MixtureLayer* layers = stage ? stage->rows[rows[t]].layers : nullptr;
+    return layers && layers[index].count ? &layers[index] : nullptr;
+  }
+
+  // Route token t by its normed input x and shrink it for up to three targets.
+  void choose(int64_t index, int64_t t, const float* x, std::initializer_list<Target> targets) const {
+    if (const MixtureLayer* layer = experts(index, t)) {
+      route(stage->rows[rows[t]], *layer, x, m.c.width, &m.s.pairs[t]);
+      reduce(index, t, x, m.c.width, targets);
+    }
+  }
+
+  void reduce(int64_t index, int64_t t, const float* x, int64_t width, std::initializer_list<Target> targets) const {
+    const MixtureLayer* layer = experts(index, t);
+    int which = 0;
+    for (Target target : targets) {
+      if (layer) shrink(*layer, m.s.pairs[t], target, x, width, shrunk(t, which++), m.s.max_rank);
+    }
+  }
+
+  void add(int64_t index, int64_t t, int which, Target target, int64_t o, int64_t outputs, float* y) const {
+    if (const MixtureLayer* layer = experts(index, t)) {
+      expand(*layer, m.s.pairs[t], target, shrunk(t, which), m.s.max_rank, o, outputs, y);
+    }
+  }
+
+  // For every block of 16 outputs and tile of tokens: done(block, t, count, products).
+  template <class Done>
+  void product(Share& share, const Matrix& matrix, const Input& in, int64_t step, Done&& done) const {
+    const int64_t items = matrix.blocks / step;
+    share.each(items, std::max<int64_t>(1, items / (m.team.size() * 8)), [&](int64_t item) {
+      float out[2][TILE][LANES];
+      for (int64_t t = 0; t < tokens; t += TILE) {
+        const int64_t count = std::min(TILE, tokens - t);
+        for (int64_t i = 0; i < step; ++i) multiply_tile(matrix, item * step + i, in, t, count, out[i]);
+        for (int64_t i = 0; i < count; ++i) done(item, t + i, out[0][i], out[1][i]);
+      }
+    });
+  }
+
+  template <class C>
+  void attend_head(int64_t index, int64_t t, int64_t head, float* scratch) const {
+    const Config& c = m.c;
+    const int64_t group = c.heads / c.kv_heads;
+    const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * c.head_width;
+    attend<C>(group, m.s.qkv + t * m.qkv_width() + head * group * c.head_width, static_cast<C*>(m.cache.keys) + plane,
+              static_cast<C*>(m.cache.values) + plane, positions[t] + 1, c.head_width, scratch,
+              m.s.mixed + t * m.attention_width() + head * group * c.head_width);
+  }
+
+  // Rotate the heads of one group and write its key and value.
+  template <class C>
+  void place(int64_t index, int64_t t, int64_t head) const {
+    const Config& c = m.c;
+    const int64_t group = c.heads / c.kv_heads, w = c.head_width;
+    const float *cos = m.cos.data() + positions[t] * w, *sin = m.sin.data() + positions[t] * w;
+    float* row = m.s.qkv + t * m.qkv_width();
+    float* key = row + (c.heads + head) * w;
+    const Layer& l = m.layers[index];
+    for (int64_t g = 0; g < group; ++g) {
+      float* query = row + (head * group + g) * w;
+      if (!l.q_norm.empty()) norm(query, l.q_norm, c.epsilon, query);
+      rotate(query, cos, sin, w);
+    }
+    if (!l.k_norm.empty()) norm(key, l.k_norm, c.epsilon, key);
+    rotate(key, cos, sin, w);
+    const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * w;
+    C* to_key = static_cast<C*>(m.cache.keys) + plane + positions[t] * w;
+    C* to_value = static_cast<C*>(m.cache.values) + plane + positions[t] * w;
+    for (int64_t i = 0; i < w; i += LANES) {
+      store(to_key + i, load(key + i));
+      store(to_value + i, load(row + (c.heads + c.kv_heads + head) * w + i));
+    }
+  }
+
+  template <class C>
+  void attention(int64_t index, Share& first, Share& second, int rank) const {
+    const Config& c = m.c;
+    float* scratch = m.scores[rank].data();
+    const int64_t items = tokens * c.kv_heads;
+    first.each(items, 1, [&](int64_t item) {
+      place<C>(index, item / c.kv_heads, item % c.kv_heads);
+      if (alone) attend_head<C>(index, item / c.kv_heads, item % c.kv_heads, scratch);
+    });
+    m.team.barrier();
+    if (alone) return;
+    second.each(items, 1, [&](int64_t item) {
+      attend_head<C>(index, item / c.kv_heads, item % c.kv_heads, scratch);
+    });
+    m.team.barrier();
+  }
+
+  void layer(int64_t index, int rank) const {
+    const Config& c = m.c;
+    const Layer& l = m.layers[index];
+    Share* share = &m.shares[index * PHASES];
+    const bool in_attention = stage && stage->attention;
+    Scratch& s = m.s;
+    const int64_t q_width = m.attention_width(), kv_width = c.kv_heads * c.head_width;
+
+    share[0].each(tokens, 1, [&](int64_t t) {
+      float* x = s.x + t * c.width;
+      norm(hidden + t * c.width, l.attention_norm, c.epsilon, x);
+      prepare(l.qkv.kind, s.normed, t, x, c.width);
+      if (in_attention) choose(index, t, x, {Q, K, V});
+    });
+    m.team.barrier();
+    product(share[1], l.qkv, s.normed, 1, [&](int64_t block, int64_t t, float* y, float*) {
+      const int64_t o = block * LANES;
+      if (!l.qkv_bias.empty()) accumulate(y, l.qkv_bias.data() + o);
+      if (in_attention) {
+        if (o < q_width) add(index, t, 0, Q, o, q_width, y);
+        else if (o < q_width + kv_width) add(index, t, 1, K, o - q_width, kv_width, y);
+        else add(index, t, 2, V, o - q_width - kv_width, kv_width, y);
+      }
+      store(s.qkv + t * m.qkv_width() + o, load(y));
+    });
+    m.team.barrier();
+    if (m.cache.halves) attention<bf16>(index, share[2], share[3], rank);
+    else attention<float>(index, share[2], share[3], rank);
+
+    share[4].each(tokens, 1, [&](int64_t t) {
+      const float* x = s.mixed + t * q_width;
+      prepare(l.out.kind, s.attended, t, x, q_width);
+      if (in_attention) reduce(index, t, x, q_width, {O});
+    });
+    m.team.barrier();
+    product(share[5], l.out, s.attended, 1, [&](int64_t block, int64_t t, float* y, float*) {
+      if (in_attention) add(index, t, 0, O, block * LANES, c.width, y);
+      accumulate(hidden + t * c.width + block * LANES, y);
+    });
+    m.team.barrier();
+    share[6].each(tokens, 1, [&](int64_t t) {
+      float* x = s.x + t * c.width;
+      norm(hidden + t * c.width, l.ffn_norm, c.epsilon, x);
+      prepare(l.gate_up.kind, s.normed, t, x, c.width);
+      choose(index, t, x, {GATE, UP});
+      if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
+    });
+    m.team.barrier();
+    product(share[7], l.gate_up, s.normed, 2, [&](int64_t block, int64_t t, float* gate, float* up) {
+      add(index, t, 0, GATE, block * LANES, c.ffn, gate);
+      add(index, t, 1, UP, block * LANES, c.ffn, up);
+      store(s.inner + t * c.ffn + block * LANES, _mm512_mul_ps(silu16(load(gate)), load(up)));
+    });
+    m.team.barrier();
+    share[8].each(tokens, 1, [&](int64_t t) {
+      const float* x = s.inner + t * c.ffn;
+      prepare(l.down.kind, s.gated, t, x, c.ffn);
+      reduce(index, t, x, c.ffn, {DOWN});
+    });
+    m.team.barrier();
+    product(share[9], l.down, s.gated, 1, [&](int64_t block, int64_t t, float* y, float*) {
+      add(index, t, 0, DOWN, block * LANES, c.width, y);
+      accumulate(hidden + t * c.width + block * LANES, y);
+    });
+    m.team.barrier();
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// 1 where this machine runs what this file was compiled for.
+int gr_supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") ? 1 : 0;
+}
+
+void* gr_create(const Config* config) {
+  try {
+    return new Model(*config);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+void gr_destroy(void* model) { delete static_cast<Model*>(model); }
+
+// Take over one weight, given as float32: which = 0 qkv, 1 out, 2 gate and up, 3 down, 4 head (matrices [rows, cols]);
+// 5 attention norm, 6 FFN norm, 7 final norm, 8 cos, 9 sin, 10 qkv bias, 11 q norm, 12 k norm (vectors). Returns 0, or 1 without memory.
+int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows, int64_t cols, int kind) {
+  Model& m = *static_cast<Model*>(handle);
+  if (which >= 5) {
+    Layer& l = m.layers[layer];
+    std::vector<float>* vectors[] = {&l.attention_norm, &l.ffn_norm, &m.final_norm, &m.cos, &m.sin,
+                                     &l.qkv_bias, &l.q_norm, &l.k_norm};
+    vectors[which - 5]->assign(w, w + rows * cols);
+    return 0;
+  }
+  Layer& l = m.layers[layer];
+  Matrix* matrices[] = {&l.qkv, &l.out, &l.gate_up, &l.down, &m.head};
+  std::unique_ptr<Pages>& pages = which == 4 ? m.head_pages : l.pages[which];
+  try {
+    pages = std::make_unique<Pages>(matrix_bytes(Kind(kind), rows, cols));
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  *matrices[which] = view(Kind(kind), rows, cols, pages->data);
+  const int64_t half = rows / 2;
+  pack(*matrices[which], w, [&](int64_t r) {  // gate and up alternate, block by block
+    return which != 2 ? r : r % 32 < 16 ? r / 32 * 16 + r % 16 : half + r / 32 * 16 + r % 16;
+  });
+  return 0;
+}
+
+void gr_cache(void* handle, void* keys, void* values, int64_t slots, int64_t context, int64_t halves) {
+  Model& m = *static_cast<Model*>(handle);
+  m.cache = Cache{keys, values, slots, context, halves};
+  for (auto& scores : m.scores) scores.resize(4 * up(context, LANES));
+}
+
+// Run layers begin .. end - 1 over `hidden` [tokens, D] float32, in place; the tokens' keys and values enter the cache.
+// `stage` and `rows` [tokens] are null where no token has experts; `record` may be null. Returns 1 without memory.
+int gr_layers(void* handle, float* hidden, int64_t tokens, int64_t begin, int64_t end, const int32_t* positions,
+              const int32_t* slots, const Stage* stage, const int32_t* rows, int alone, Pairs* record) {
+  Model& m = *static_cast<Model*>(handle);
+  try {
+    reserve(m, tokens, stage ? stage->max_rank : 0);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  for (auto& share : m.shares) share.reset();
+  const Step step{m, hidden, tokens, positions, slots, rows, stage, record, alone != 0};
+  m.team.run([&](int rank) {
+    for (int64_t index = begin; index < end; ++index) step.layer(index, rank);
+  });
+  return 0;
+}
+
+// logits [tokens, V] = head(norm(hidden)).
+int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) {
+  Model& m = *static_cast<Model*>(handle);
+  try {
+    reserve(m, tokens, 0);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  for (auto& share : m.shares) share.reset();
+  const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
+  m.team.run([&](int) {
+    m.shares[0].each(tokens, 1, [&](int64_t t) {
+      float* x = m.s.x + t * m.c.width;
+      norm(hidden + t * m.c.width, m.final_norm, m.c.epsilon, x);
+      prepare(m.head.kind, m.s.normed, t, x, m.c.width);
+    });
+    m.team.barrier();
+    step.product(m.shares[1], m.head, m.s.normed, 1, [&](int64_t block, int64_t t, float* y, float*) {
+      const int64_t o = block * LANES, count = std::min<int64_t>(LANES, m.c.vocabulary - o);
+      std::memcpy(logits + t * m.c.vocabulary + o, y, size_t(count) * 4);
+    });
+  });
+  return 0;
+}
+
+// y [tokens, rows] = W x [tokens, cols] for one matrix of a layer (as in gr_set), or the head.
+int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t tokens, float* y) {
+  Model& m = *static_cast<Model*>(handle);
+  try {
+    reserve(m, tokens, 0);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  Layer& l = m.layers[layer];
+  const Matrix& matrix = *(const Matrix*[]){&l.qkv, &l.out, &l.gate_up, &l.down, &m.head}[which];
+  const Input& in = which == 1 ? m.s.attended : which == 3 ? m.s.gated : m.s.normed;
+  for (auto& share : m.shares) share.reset();
+  const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
+  m.team.run([&](int) {
+    m.shares[0].each(tokens, 1, [&](int64_t t) { prepare(matrix.kind, in, t, x + t * matrix.cols, matrix.cols); });
+    m.team.barrier();
+    step.product(m.shares[1], matrix, in, which == 2 ? 2 : 1, [&](int64_t item, int64_t t, float* a, float* b) {
+      const int64_t o = item * LANES, count = std::min<int64_t>(LANES, matrix.rows - o);
+      std::memcpy(y + t * matrix.rows + o, a, size_t(count) * 4);
+      if (which == 2) std::memcpy(y + t * matrix.rows + matrix.rows / 2 + o, b, LANES * 4);
+    });
+  });
+  return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,266 @@
+"""The native step as Python sees it: a model of packed weights, and runs of its layers over tensors.
+
+It knows nothing of requests or tasks; `runtime/kernels/native/step.cpp` computes.
+Read first: tensors that cross are contiguous float32 or int32 on the CPU and must stay alive for the call; a stage's
+tensors must stay alive as long as the stage, which keeps them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from runtime.errors import BudgetError
+from runtime.kernels.step_kinds import WeightKind
+
+KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
+TARGET_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
+MAX_K = 8
+_MATRICES = ("qkv", "out", "gate_up", "down", "head")
+_VECTORS = ("attention_norm", "ffn_norm", "final_norm", "cos", "sin", "qkv_bias", "q_norm", "k_norm")
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "width", "ffn", "heads", "kv_heads", "head_width")),
+        *((name, ctypes.c_int64) for name in ("vocabulary", "context", "threads")),
+        ("epsilon", ctypes.c_double),
+    )
+
+
+class _Update(ctypes.Structure):
+    _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64))
+
+
+class _Column(ctypes.Structure):
+    _fields_ = (("updates", _Update * len(TARGET_ORDER)), ("scale", ctypes.c_double), ("halves", ctypes.c_int64))
+
+
+class _MixtureLayer(ctypes.Structure):
+    _fields_ = (("router", ctypes.c_void_p), ("columns", ctypes.POINTER(_Column)), ("count", ctypes.c_int64))
+
+
+class _Mixture(ctypes.Structure):
+    _fields_ = (("layers", ctypes.POINTER(_MixtureLayer)), ("top_k", ctypes.c_int64), ("absolute", ctypes.c_int64))
+
+
+class _Stage(ctypes.Structure):
+    _fields_ = (("rows", ctypes.POINTER(_Mixture)), ("max_rank", ctypes.c_int64), ("attention", ctypes.c_int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """Sizes of a Llama-family model; see `transformers.LlamaConfig`."""
+
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+    context: int
+    epsilon: float
+
+    @property
+    def native(self) -> bool:
+        """Whether the native step can run it: widths in whole vectors of 16."""
+        return all(size % 16 == 0 for size in (self.width, self.ffn, self.head_width))
+
+
+@dataclass(frozen=True)
+class NativeColumn:
+    """One expert under one router column.
+
+    Args:
+        updates: per target (A [R, D], B^T [R, H]), contiguous, all float32 or all bfloat16.
+        scale: of `B A x`.
+    """
+
+    updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+
+
+class NativeMixture:
+    """A mixture as the native step reads it: pointers to experts where they lie in memory.
+
+    Args:
+        num_layers: L.
+        top_k: experts per token, at most `MAX_K`.
+        absolute: whether the size of a logit counts and not its sign.
+
+    It keeps the tensors that it points to.
+    """
+
+    def __init__(self, num_layers: int, *, top_k: int, absolute: bool) -> None:
+        self._layers = (_MixtureLayer * num_layers)()
+        self._kept: dict[int, object] = {}
+        self.max_rank, self.attention = 1, False
+        self.raw = _Mixture(self._layers, top_k, int(absolute))
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._kept
+
+    def set_layer(self, layer: int, router: torch.Tensor, columns: Sequence[NativeColumn]) -> None:
+        """Give a layer its experts: router [C, D] float32 contiguous, and C columns."""
+        array = (_Column * len(columns))()
+        for place, column in zip(array, columns, strict=True):
+            place.scale = column.scale
+            for target, (a, b) in column.updates.items():
+                assert a.dtype == b.dtype, "an expert is of one dtype"
+                place.halves = int(a.dtype == torch.bfloat16)
+                place.updates[TARGET_ORDER.index(target)] = _Update(_address(a), _address(b), a.shape[0])
+                self.max_rank = max(self.max_rank, a.shape[0])
+                self.attention = self.attention or target in TARGET_ORDER[:4]
+        self._layers[layer] = _MixtureLayer(_address(router), array, len(columns))
+        self._kept[layer] = (router, columns, array)
+
+
+class NativeStage:
+    """The mixtures of a step.
+
+    Args:
+        rows: None is the plain base model.
+    """
+
+    def __init__(self, rows: Sequence[NativeMixture | None]) -> None:
+        self._rows = (_Mixture * len(rows))(*(row.raw if row else _Mixture() for row in rows))
+        self._kept = tuple(rows)
+        mixtures = [row for row in rows if row]
+        max_rank = max((row.max_rank for row in mixtures), default=1)
+        self.raw = _Stage(self._rows, max_rank, int(any(row.attention for row in mixtures)))
+
+
+class NativeStep:
+    """A model's weights, packed, and the layers that they make.
+
+    Args:
+        library: from `runtime.kernels.native_build.build`.
+        shape: sizes.
+        weights: how matrices are kept. int8 and int4: codes with a float16 scale per output and 64 (int4: 32) inputs,
+            and inputs rounded to 8 bits per token and 64 values; with int4, `out`, `down` and the head are int8.
+            bfloat16: inputs too are rounded to it. Sums are float32.
+        threads: that compute, the caller's among them.
+    """
+
+    def __init__(self, library: Path, shape: StepShape, *, weights: WeightKind, threads: int) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.gr_create.restype = ctypes.c_void_p
+        self.shape = shape
+        self._kinds = {name: KINDS.index(_kept_as(name, weights)) for name in _MATRICES}
+        sizes = {field.name: getattr(shape, field.name) for field in fields(shape)}
+        config = _Config(**sizes, threads=threads)
+        self._handle = ctypes.c_void_p(self._library.gr_create(ctypes.byref(config)))
+        self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def close(self) -> None:
+        """Free the weights and stop the threads; idempotent."""
+        if self._handle:
+            self._library.gr_destroy(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def set(self, name: str, layer: int, weight: torch.Tensor) -> None:
+        """Take over a copy of one weight: a matrix [rows, cols] of `qkv, out, gate_up, down, head`, or a vector."""
+        weight = weight.detach().to(torch.float32).contiguous()
+        which = _MATRICES.index(name) if name in _MATRICES else len(_MATRICES) + _VECTORS.index(name)
+        rows, cols = weight.shape if weight.dim() == 2 else (1, weight.shape[0])
+        sizes = (ctypes.c_int64(rows), ctypes.c_int64(cols), self._kinds.get(name, 0))
+        self._check(self._library.gr_set(self._handle, which, ctypes.c_int64(layer), _pointer(weight), *sizes))
+
+    def set_cache(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Use [L, slots, kv heads, context, head width] float32 or bfloat16 tensors as the KV cache."""
+        self._cache = (keys, values)
+        slots, context = keys.shape[1], keys.shape[3]
+        self._library.gr_cache(
+            self._handle,
+            _pointer(keys),
+            _pointer(values),
+            *(ctypes.c_int64(n) for n in (slots, context, keys.dtype == torch.bfloat16)),
+        )
+
+    def run_layers(
+        self,
+        hidden: torch.Tensor,
+        layers: range,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        stage: NativeStage | None,
+        rows: torch.Tensor | None,
+        alone: bool,
+        record: torch.Tensor | None = None,
+    ) -> None:
+        """Layers over `hidden` [T, D] float32, in place; positions, slots, rows are [T] int32.
+
+        Args:
+            hidden: changed.
+            layers: which.
+            positions: of each token in its sequence.
+            slots: of the cache, changed at the tokens' positions.
+            stage: None where no token has experts.
+            rows: each token's mixture in the stage.
+            alone: no two tokens are of one slot.
+            record: [L, T, 1 + 2 * MAX_K] int32, filled where a token has experts: their number, then columns, then
+                the bits of their float32 weights.
+        """
+        self._check(
+            self._library.gr_layers(
+                self._handle,
+                _pointer(hidden),
+                *(ctypes.c_int64(n) for n in (hidden.shape[0], layers.start, layers.stop)),
+                _pointer(positions),
+                _pointer(slots),
+                ctypes.byref(stage.raw) if stage else None,
+                _pointer(rows) if rows is not None else None,
+                int(alone),
+                _pointer(record) if record is not None else None,
+            )
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`head(norm(hidden))`: [T, D] float32 -> [T, V] float32."""
+        out = torch.empty(hidden.shape[0], self.shape.vocabulary)
+        self._check(
+            self._library.gr_logits(self._handle, _pointer(hidden), ctypes.c_int64(hidden.shape[0]), _pointer(out))
+        )
+        return out
+
+    def linear(self, name: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """One matrix alone: [T, cols] float32 -> [T, rows] float32."""
+        shape = self.shape
+        rows = {
+            "qkv": (shape.heads + 2 * shape.kv_heads) * shape.head_width,
+            "out": shape.width,
+            "gate_up": 2 * shape.ffn,
+            "down": shape.width,
+            "head": shape.vocabulary,
+        }
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], rows[name])
+        sizes = (ctypes.c_int64(layer), _pointer(x), ctypes.c_int64(x.shape[0]), _pointer(out))
+        self._check(self._library.gr_linear(self._handle, _MATRICES.index(name), *sizes))
+        return out
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise BudgetError("the native step got no memory for its weights or buffers")
+
+
+def _kept_as(name: str, weights: WeightKind) -> WeightKind:
+    """What a matrix is kept in: where 4 bits are asked for, those that bear them worst keep 8."""
+    return "int8" if weights == "int4" and name in ("out", "down", "head") else weights
+
+
+def _address(tensor: torch.Tensor) -> int:
+    assert tensor.is_contiguous(), "tensors cross as plain memory"
+    return tensor.data_ptr()
+
+
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(_address(tensor))

@@ -1,0 +1,13 @@
+"""The names of what a user may choose about the step: the form of the base's weights, and who computes.
+
+It knows nothing of either; it imports no torch, so that command lines can list the choices.
+Read first: these are the spellings everywhere, on the command line and in configuration files.
+"""
+
+from typing import Literal
+
+WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
+"""In which form the matrices of a base are kept."""
+
+StepKind = Literal["auto", "native", "torch"]
+"""Who computes a step: our compiled code, torch's operations, or the first where it runs."""
