@@ -1,51 +1,68 @@
-"""`greenroom batch`: answer the lines of a JSONL file offline.
+"""`greenroom batch`: answer the rows of a file offline.
 
 It knows nothing of engines or rows (`runtime.batch`); it reads options, shows progress and says what happened.
-Read first: bad lines go to stderr one by one and make the exit code 1; the others are answered all the same.
+Read first: rows that cannot be answered go to a side file and make the exit code 1; the others are answered all the
+same. Started again after an interruption, the same command goes on where it stopped.
 """
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 
 from greenroom.cli import engine_flags as flags
+from runtime.batch.rows import SHARD_ROWS
 from runtime.engine.request import SamplingParams
-from runtime.errors import DataError, InvalidInputError
+
+if TYPE_CHECKING:
+    from runtime.batch.progress import Progress
 
 _DEFAULT = SamplingParams()
 
 
 def batch(
-    source: Annotated[Path, typer.Argument(help="JSONL with `input`, and optionally `task` and `max_tokens`.")],
-    target: Annotated[Path, typer.Argument(help="JSONL to write; it appears when the last row is done.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="JSONL, CSV or Parquet with `input`, and optionally `task` and `max_tokens`; path or URL."),
+    ],
+    target: Annotated[str, typer.Argument(help="File to write; or a folder, named with a / at its end, for parts.")],
     *,
     repertoire: flags.RepertoireFlag,
     trust: flags.TrustFlag = None,
     base: flags.BaseFlag = None,
+    generation: Annotated[
+        int | None, typer.Option(min=1, help="Generation that answers. By default: the current one.")
+    ] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="jsonl, csv, parquet or openai. By default: what the name says.")
+    ] = None,
+    target_format: Annotated[
+        str | None, typer.Option("--to", help="The same. By default: what the name says, or the source's.")
+    ] = None,
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="Rows that are answered, kept and resumed as one.")
+    ] = SHARD_ROWS,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever an interrupted run left.")] = False,
     max_tokens: Annotated[
         int, typer.Option(help="New tokens at most, where a row does not say.")
     ] = _DEFAULT.max_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _DEFAULT.temperature,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling; each row adds its line. By default: 0.")] = None,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,
     policy: flags.PolicyFlag = flags.LIMITS.policy,
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,
-    prefetch: flags.PrefetchFlag = flags.LIMITS.prefetch,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     step: flags.StepFlag = flags.DEFAULT_STEP,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
 ) -> None:
-    """Answer every line of a JSONL file; the tasks are located."""
+    """Answer every row of a file; the tasks are located first, then rows are answered task by task."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    if not source.is_file():
-        raise InvalidInputError("source", str(source), "is not a file")
-    if not target.parent.is_dir():
-        raise InvalidInputError("target", str(target), "its folder does not exist")
     chosen = flags.collect(
         repertoire=repertoire,
         trust=trust,
@@ -58,38 +75,50 @@ def batch(
         max_running=max_running,
         policy=policy,
         eviction=eviction,
-        prefetch=prefetch,
+        prefetch=False,  # tasks are known before they are needed
     )
-    from greenroom.cli.build_engine import build_engine
-    from runtime.batch import run_batch
+    from greenroom.cli.batch_job import check_places, engine_for_batch, make_job
+    from runtime.batch.run import run_batch
+    from runtime.batch.workers import OneEngine
 
+    places = check_places(source, target, source_format=source_format, target_format=target_format)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with console.status("loading the base model"):
-        engine = build_engine(chosen)
+        engine = engine_for_batch(chosen, generation=generation, shard_rows=shard_rows)
+    job = make_job(places, chosen, engine.generation, sampling=sampling, shard_rows=shard_rows, fresh=fresh)
     engine.start()
-    with source.open("rb") as lines:
-        total = sum(1 for line in lines if line.strip())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as bars:
-            bar = bars.add_task("answering", total=total)
-
-            def report_bad_line(error: DataError) -> None:
-                console.print(f"skipped {error}", markup=False)
-
-            report = run_batch(
-                engine,
-                source,
-                target,
-                sampling=sampling,
-                on_progress=lambda done: bars.update(bar, completed=done),
-                on_bad_line=report_bad_line,
-            )
+        with shown(console) as on_progress:
+            report = run_batch(job, OneEngine(engine), on_progress=on_progress)
     finally:
         engine.close()
     console.print(
-        f"{report.answered} of {report.rows} rows answered, {report.failed} skipped, {report.tokens} tokens in "
-        f"{report.seconds:.1f} s ({report.tokens / report.seconds:.0f} tokens/s), {report.expert_loads} experts read"
+        f"{report.answered} of {report.rows} rows answered, {report.failed} left out, {report.tokens} tokens in "
+        f"{report.seconds:.1f} s ({report.tokens_per_s:.0f} tokens/s), {report.expert_loads} expert sets read"
     )
     if report.failed:
+        console.print(f"rows that were left out, and why: {job.side('bad.jsonl').url}", markup=False)
         raise typer.Exit(1)
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[Callable[["Progress"], None]]:
+    """A bar for each of the two passes, with rate and time to the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Bars(*columns, console=console) as bars:
+        known: dict[str, TaskID] = {}
+
+        def on_progress(progress: "Progress") -> None:
+            bar = known.get(progress.phase)
+            if bar is None:
+                bar = known[progress.phase] = bars.add_task(progress.phase, total=progress.total, pace="")
+            eta = "" if progress.eta_s is None else f", {_clock(progress.eta_s)} left"
+            bars.update(bar, completed=progress.done, pace=f"{progress.rows_per_s:.1f} rows/s{eta}")
+
+        yield on_progress
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -26,8 +26,8 @@ def open_repertoire(flags: EngineFlags) -> Repertoire:
     return Repertoire(flags.repertoire, trust=TrustPolicy.load(flags.trust) if flags.trust else None)
 
 
-def build_engine(flags: EngineFlags) -> Engine:
-    """Open the repertoire's current generation, load its base, and make an engine.
+def build_engine(flags: EngineFlags, *, number: int | None = None) -> Engine:
+    """Open a generation of the repertoire, the current one by default, load its base, and make an engine.
 
     Raises:
         RepertoireError, UnknownBaseError, InvalidInputError: what they name.
@@ -35,7 +35,7 @@ def build_engine(flags: EngineFlags) -> Engine:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     repertoire = open_repertoire(flags)
-    generation, let_go = open_held(repertoire)
+    generation, let_go = open_held(repertoire, number)
     folder = resolve_base(flags.base or generation.manifest.base.name, cache=cache_folder())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(folder, dtype=load_dtype(flags.dtype), device=device)

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -144,11 +145,6 @@ class Engine:
         """
         self._generations.publish(generation, retire=retire)
 
-    @property
-    def max_running(self) -> int:
-        """Sequences that run at once, at most."""
-        return self._options.max_running
-
     def submit(self, request: Request, sink: Sink) -> None:
         """Accept a request; its events reach `sink` on the engine thread, which `sink` must not block.
 
@@ -174,6 +170,17 @@ class Engine:
             self._generations.leave(generation)
             raise
         self._wake()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread submits within the block begins in the same step; nothing else goes on meanwhile."""
+        with self._lock:  # which its holder may take again
+            yield
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait on a condition that loads and ended requests can make true; `close` ends the wait too."""
+        with self._lock:
+            self._lock.wait_for(lambda: condition() or self._stopping)
 
     def _check_accepting(self) -> None:
         if self._refusing is not None:

@@ -1,0 +1,1 @@
+"""Offline: rows in, answers out, through the same engine; exact when interrupted."""
