@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from runtime.engine.request import (
+    Alternative,
     Event,
     ExpertUse,
     Failed,
     Finished,
+    LayerWeights,
     Located,
     Request,
     TaskScore,
     TokenDelta,
+    TokenLogprob,
     Usage,
 )
 from runtime.engine.statistics import EngineStatistics
@@ -107,7 +110,7 @@ class ScriptedEngine:
             self._finish(running, "located")
         else:
             first, *rest = request.text.split(" ")
-            sink(TokenDelta(first, (0,)))
+            sink(_spoken(request, first, 0))
             if verb != "hold":
                 self._speak(running, rest)
 
@@ -166,13 +169,18 @@ class ScriptedEngine:
 
     def _speak(self, running: Running, words: list[str]) -> None:
         for number, word in enumerate(words, start=1):
-            running.sink(TokenDelta(f" {word}", (number,)))
+            running.sink(_spoken(running.request, f" {word}", number))
+        for choice in range(1, running.request.sampling.n):
+            running.sink(_spoken(running.request, f"choice {choice}", 9, choice))
         self._finish(running, "stop")
 
     def _finish(self, running: Running, reason: str) -> None:
         num_tokens = len(running.request.text.split(" "))
         usage = Usage(prompt_tokens=7, completion_tokens=num_tokens, queue_s=0.5, first_token_s=0.75, total_s=2.5)
-        self._end(running, Finished(reason=reason, usage=usage))  # type: ignore[arg-type]
+        explanation = (LayerWeights(layer=2, experts={DIGEST: 0.75}, groups={}),) if running.request.explain else ()
+        others = (reason,) * (running.request.sampling.n - 1)
+        end = Finished(reason=reason, usage=usage, other_reasons=others, explanation=explanation)  # type: ignore[arg-type]
+        self._end(running, end)
 
     def _end(self, running: Running, event: Finished | Failed) -> None:
         with self._changed:
@@ -196,3 +204,10 @@ class ScriptedEngine:
             generation=3,
             experts=() if request.locate_only else (use,),
         )
+
+
+def _spoken(request: Request, text: str, token: int, choice: int = 0) -> TokenDelta:
+    chosen = Alternative(token, text, -0.5)
+    num_top = request.sampling.logprobs
+    logprobs = () if num_top is None else (TokenLogprob(chosen, (chosen,) * min(1, num_top)),)
+    return TokenDelta(text, (token,), choice, logprobs)

@@ -11,16 +11,19 @@ import threading
 from concurrent.futures import Future
 from typing import Any, Self
 
+from runtime.service.guard import Guard
+from runtime.service.http_front import HttpFront
 from runtime.service.server import Server
 
 LIMIT_S = 20.0
 
 
 class Serving:
-    """Serves `engine`; `target` is "host:port" once the block is entered."""
+    """Serves `engine`; `target` is "host:port" once the block is entered, and with `http` `url` is that over HTTP."""
 
-    def __init__(self, engine: Any, *, until_ready: bool = True, **options: Any) -> None:
+    def __init__(self, engine: Any, *, until_ready: bool = True, http: bool = False, **options: Any) -> None:
         self._engine = engine
+        self._http = http
         self._until_ready = until_ready
         self._options = {"host": "127.0.0.1", "port": 0, "grace_s": 5.0} | options
         self._bound: Future[int] = Future()
@@ -29,9 +32,15 @@ class Serving:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._leave = asyncio.Event()
+        front: HttpFront | None = None
         try:
+            guard = self._options.setdefault("guard", Guard())
             self.server = Server(self._engine, **self._options)
             port = await self.server.start()
+            if self._http:
+                front = HttpFront(self.server, guard, host="127.0.0.1", port=0, tls=self._options.get("tls"))
+                await front.start()
+                self.url = front.url
             if self._until_ready:
                 await self.server.wait_ready()
         except BaseException as error:
@@ -40,6 +49,8 @@ class Serving:
         self._bound.set_result(port)
         await self._leave.wait()
         await self.server.stop()
+        if front is not None:
+            await front.stop()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -131,9 +131,14 @@ def test_outputs_come_in_the_order_in_which_they_were_asked_for(call: Call) -> N
     assert routing["experts"][0]["digest"] == DIGEST
 
 
-def test_explain_adds_the_routing(call: Call) -> None:
+def test_explain_adds_the_routing_and_the_weights_per_layer(call: Call) -> None:
     answer = call("infer", model="greenroom", text="a b", parameters={"explain": True})
     assert list(answer["outputs"]) == ["text_output", "routing"]
+    layers = [{"layer": 2, "experts": {DIGEST: 0.75}, "groups": {}}]
+    assert json.loads(answer["outputs"]["routing"][0])["layers"] == layers
+    pieces = call("stream", requests=[{"model": "greenroom", "text": "a", "parameters": {"explain": True}}])
+    assert list(pieces[0]["outputs"]) == ["routing"]
+    assert json.loads(pieces[-1]["parameters"]["layers"]) == layers
     assert list(call("infer", model="greenroom", text="a", parameters={"explain": False})["outputs"]) == ["text_output"]
 
 
@@ -145,12 +150,15 @@ def test_a_models_name_pins_the_task(call: Call, engine: ScriptedEngine) -> None
 
 def test_every_parameter_reaches_the_engine(call: Call, engine: ScriptedEngine) -> None:
     wanted = {"task": "dates", "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 11}
+    wanted |= {"min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1, "frequency_penalty": 2, "regex": "a+"}
     call("infer", model="greenroom", text="a b", parameters=wanted, timeout=60_000_000)
     call("infer", model="greenroom", text="a b", parameters={"temperature": 1})
     request, second = engine.requests
     sampling = request.sampling
     assert (request.task, sampling.max_tokens, sampling.temperature) == ("dates", 5, 0.5)
     assert (sampling.top_p, sampling.top_k, sampling.seed) == (0.9, 4, 11)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.regex) == (0.1, 1.5, "a+")
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, 2)
     assert request.deadline is not None
     assert (second.sampling.temperature, second.deadline) == (1.0, None)
 

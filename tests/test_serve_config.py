@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import subprocess
 import sys
 import tomllib
@@ -225,6 +226,7 @@ def test_a_server_run_from_a_file_has_tls_tokens_metrics_and_json_logs(
         "tls_certificate": tmp_path / "c.pem",
         "tls_key": tmp_path / "k.pem",
         "metrics_port": 0,
+        "http_port": 0,
         "log_format": "json",
     }
     file = written(tmp_path, as_toml(load_config(None, given)))
@@ -237,6 +239,12 @@ def test_a_server_run_from_a_file_has_tls_tokens_metrics_and_json_logs(
         try:
             metrics_at = process.stdout.readline().split()[-1]
             target = process.stdout.readline().split()[-1]
+            front = process.stdout.readline().split()[-1]
+            asked = urllib.request.Request(f"{front}/v1/models", headers={"authorization": f"Bearer {secret}"})
+            trusting = ssl.create_default_context(cadata=authority.certificate.decode())
+            with urllib.request.urlopen(asked, timeout=60, context=trusting) as answer:
+                models = [model["id"] for model in json.load(answer)["data"]]
+            assert models == ["greenroom", "greenroom:red", "greenroom:green", "greenroom:blue"]
             tls = Tls(roots=authority.certificate)
             with Client(target, tls=tls, token=secret, timeout_s=60.0) as client:
                 assert client.generate(prototypes["red"], max_tokens=2, request_id="r1").routing.task == "red"

@@ -56,6 +56,10 @@ def serve(
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM: the server's certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM: its private key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM: who signs clients; asks for certificates.")] = None,
+    http_host: Annotated[str, typer.Option(help="Address of the HTTP front end.")] = DEFAULTS.http.host,
+    http_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port for OpenAI's clients and the page; without it, none.")
+    ] = None,
     metrics_host: Annotated[str, typer.Option(help="Address of /metrics.")] = DEFAULTS.metrics.host,
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of /metrics; without it there is none.")
@@ -89,7 +93,7 @@ def serve_as(chosen: ServeConfig) -> None:
     """Serve what the configuration says until a signal comes."""
     engine_flags = chosen.engine_flags()
     from greenroom.cli.build_engine import build_engine, open_repertoire
-    from greenroom.cli.serve_parts import logging_as, make_server, serving_metrics, tracing_as
+    from greenroom.cli.serve_parts import logging_as, make_front, make_server, serving_metrics, tracing_as
     from runtime.engine.follower import HeadFollower
     from runtime.service.lifecycle import serve_until_signal
 
@@ -99,6 +103,7 @@ def serve_as(chosen: ServeConfig) -> None:
         follower = HeadFollower(open_repertoire(engine_flags), engine, interval_s=chosen.server.follow)
         try:
             server, guard = make_server(chosen, engine, tracing)
+            front = make_front(chosen, server, guard)
             if chosen.server.follow:
                 follower.start()
 
@@ -106,9 +111,11 @@ def serve_as(chosen: ServeConfig) -> None:
                 if chosen.server.ready_file is not None:
                     write_atomically(chosen.server.ready_file, f"{bound_port}\n")
                 typer.echo(f"serving on {chosen.server.host}:{bound_port}")
+                if front is not None:
+                    typer.echo(f"http on {front.url}")
 
             with serving_metrics(chosen.metrics, guard.metrics):
-                asyncio.run(serve_until_signal(server, on_ready=on_ready))
+                asyncio.run(serve_until_signal(server, on_ready=on_ready, front=front))
         finally:
             follower.close()
             engine.close()

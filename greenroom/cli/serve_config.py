@@ -74,6 +74,13 @@ class MetricsSection(_Section):
     port: Port | None = None
 
 
+class HttpSection(_Section):
+    """The OpenAI-compatible front end and the page; without a port there is none."""
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+
+
 class LogSection(_Section):
     """How log lines look, and how much there is."""
 
@@ -95,6 +102,7 @@ class ServeConfig(_Section):
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()
     tls: TlsSection = TlsSection()
+    http: HttpSection = HttpSection()
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
     traces: TracesSection = TracesSection()
@@ -113,6 +121,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
     "engine": EngineSection,
     "server": ServerSection,
     "tls": TlsSection,
+    "http": HttpSection,
     "metrics": MetricsSection,
     "log": LogSection,
     "traces": TracesSection,

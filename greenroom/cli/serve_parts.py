@@ -26,6 +26,7 @@ from runtime.service.tokens import Tokens
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
+    from runtime.service.http_front import HttpFront
     from runtime.service.tracing import Tracing
 
 
@@ -52,6 +53,28 @@ def make_server(chosen: ServeConfig, engine: Engine, tracing: Tracing | None) ->
         name=section.name,
     )
     return server, guard
+
+
+def make_front(chosen: ServeConfig, server: Server, guard: Guard) -> HttpFront | None:
+    """The same over HTTP, not started yet; None where no port is named.
+
+    Raises:
+        InvalidInputError: the extra `http` is not installed, or parts do not fit together.
+    """
+    if chosen.http.port is None:
+        return None
+    try:
+        from runtime.service.http_front import HttpFront
+    except ImportError as error:
+        raise InvalidInputError("http.port", chosen.http.port, "pip install greenroom[http]") from error
+    return HttpFront(
+        server,
+        guard,
+        host=chosen.http.host,
+        port=chosen.http.port,
+        tls=tls_files(chosen.tls),
+        max_connections=chosen.server.max_calls,
+    )
 
 
 def tls_files(section: TlsSection) -> TlsFiles | None:

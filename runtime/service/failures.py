@@ -21,7 +21,7 @@ _error_log = logging.getLogger("greenroom.errors")
 async def failures(call: Call, inner: Inner) -> Any:  # noqa: ANN401 - whatever the call returns
     """Run the call; an exception ends it with its status."""
     try:
-        return await _sound(call, inner)
+        return await sound(call, inner)
     except asyncio.CancelledError:
         call.code = grpc.StatusCode.CANCELLED
         raise
@@ -32,7 +32,8 @@ async def failures(call: Call, inner: Inner) -> Any:  # noqa: ANN401 - whatever 
         await call.context.abort(call.code, status.message, trailing_metadata=details)
 
 
-async def _sound(call: Call, inner: Inner) -> Any:  # noqa: ANN401 - whatever the call returns
+async def sound(call: Call, inner: Inner) -> Any:  # noqa: ANN401 - whatever the call returns
+    """Run the call, unless its headers have a defect, which is raised."""
     if call.defect is not None:
         raise call.defect
     return await inner(call)

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from runtime.service.http_front import HttpFront
     from runtime.service.server import Server
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-async def serve_until_signal(server: Server, *, on_ready: Callable[[int], None]) -> None:
+async def serve_until_signal(
+    server: Server, *, on_ready: Callable[[int], None], front: HttpFront | None = None
+) -> None:
     """Run `server` until SIGTERM or SIGINT, then drain it.
 
     Args:
         server: not yet started.
         on_ready: called with the bound port once requests are taken.
+        front: serves the same over HTTP; begins after the server and ends after it has drained.
 
     Raises:
         GreenroomError: the server could not start.
@@ -41,6 +45,8 @@ async def serve_until_signal(server: Server, *, on_ready: Callable[[int], None])
     waiting = asyncio.create_task(signalled.wait())
     try:
         port = await server.start()
+        if front is not None:
+            await front.start()
         ready = asyncio.create_task(server.wait_ready())
         await asyncio.wait({ready, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
@@ -52,5 +58,7 @@ async def serve_until_signal(server: Server, *, on_ready: Callable[[int], None])
     finally:
         waiting.cancel()
         await server.stop()
+        if front is not None:
+            await front.stop()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)

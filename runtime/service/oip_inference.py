@@ -19,7 +19,7 @@ from runtime.service.call import CALL
 from runtime.service.oip_counts import Counts
 from runtime.service.oip_request import Inference, inference_of, on_the_wire
 from runtime.service.oip_tensors import ROUTING, TEXT_OUTPUT, TOKEN_IDS, add_output
-from runtime.service.report import routing_report
+from runtime.service.report import layers_report, routing_report
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -57,13 +57,18 @@ class Inferences:
             async for event in events:
                 match event:
                     case Located():
-                        routing = json.dumps(routing_report(event))
+                        routing = routing_report(event)
                     case TokenDelta():
                         text.append(event.text)
                         token_ids.extend(event.token_ids)
                     case Finished():
                         _finish(response, event)
-        values: dict[str, str | Sequence[int]] = {TEXT_OUTPUT: "".join(text), TOKEN_IDS: token_ids, ROUTING: routing}
+                        routing["layers"] = layers_report(event)
+        values: dict[str, str | Sequence[int]] = {
+            TEXT_OUTPUT: "".join(text),
+            TOKEN_IDS: token_ids,
+            ROUTING: json.dumps(routing),
+        }
         for name in inference.outputs:
             add_output(response, name, values[name])
         return response
@@ -126,3 +131,5 @@ def _finish(response: pb.ModelInferResponse, finished: Finished) -> None:
     response.parameters["finish_reason"].string_param = finished.reason
     response.parameters["prompt_tokens"].int64_param = finished.usage.prompt_tokens
     response.parameters["completion_tokens"].int64_param = finished.usage.completion_tokens
+    if finished.explanation:
+        response.parameters["layers"].string_param = json.dumps(layers_report(finished))

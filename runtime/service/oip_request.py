@@ -25,12 +25,18 @@ if TYPE_CHECKING:
 EMPTY_FINAL = "triton_enable_empty_final_response"
 MAX_ID_CHARS = 256
 _INT, _FLOAT = ("int64_param", "uint64_param"), ("double_param", "int64_param", "uint64_param")
-_SAMPLING = {"max_tokens": _INT, "temperature": _FLOAT, "top_p": _FLOAT, "top_k": _INT, "seed": _INT}
+_TEXT = ("string_param",)
+_SAMPLING = {
+    **dict.fromkeys(("max_tokens", "top_k", "seed"), _INT),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _FLOAT),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _FLOAT),
+    **dict.fromkeys(("json_schema", "regex"), _TEXT),
+}
 _KINDS = {
     **_SAMPLING,
-    "task": ("string_param",),
+    "task": _TEXT,
     "explain": ("bool_param",),
-    "tenant": ("string_param",),
+    "tenant": _TEXT,
     "timeout": _INT,
     EMPTY_FINAL: ("bool_param",),
 }
@@ -78,6 +84,7 @@ def inference_of(message: pb.ModelInferRequest, models: Models, *, deadline: flo
         request_id=new_request_id(),
         text=_checked(text_of(message)),
         task=_task(model, chosen.get("task")),
+        explain=chosen.get("explain", False),
         sampling=_sampling({name: chosen[name] for name in _SAMPLING if name in chosen}),
         deadline=_deadline(deadline, chosen.get("timeout")),
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.engine.request import Located
+    from runtime.engine.request import Finished, Located
 
 
 def routing_report(located: Located) -> dict[str, Any]:
@@ -21,3 +21,11 @@ def routing_report(located: Located) -> dict[str, Any]:
         for expert in report["experts"]
     ]
     return report
+
+
+def layers_report(finished: Finished) -> list[dict[str, Any]]:
+    """How much each expert and group of each layer had to say, where the request asked for it."""
+    return [
+        {"layer": weights.layer, "experts": dict(weights.experts), "groups": dict(weights.groups)}
+        for weights in finished.explanation
+    ]

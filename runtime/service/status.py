@@ -73,6 +73,11 @@ def rule_for(error: BaseException) -> Rule:
     return next((RULES[cls] for cls in type(error).__mro__ if cls in RULES), BUG)
 
 
+def retry_after(error: BaseException) -> float | None:
+    """Seconds after which trying again can help; None if it cannot."""
+    return error.retry_after_s if isinstance(error, errors.QuotaError) else rule_for(error).retry_after_s
+
+
 def rich_status(error: BaseException, request_id: str) -> status_pb2.Status:
     """What a client is told: code, text, ErrorInfo, RequestInfo, and where they apply BadRequest and RetryInfo."""
     rule = rule_for(error)
@@ -87,7 +92,7 @@ def rich_status(error: BaseException, request_id: str) -> status_pb2.Status:
     if isinstance(error, errors.InvalidInputError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    retry_after_s = error.retry_after_s if isinstance(error, errors.QuotaError) else rule.retry_after_s
+    retry_after_s = retry_after(error)
     if retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(math.ceil(retry_after_s * 1000))

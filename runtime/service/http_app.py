@@ -1,0 +1,99 @@
+"""The routes of the HTTP front end.
+
+It knows nothing of ports.
+Read first: what asks the engine for something runs through the layers, tokens and quotas among them; health and
+readiness do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.requests import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from runtime.errors import InvalidInputError, NotFoundError
+from runtime.service.http_calls import HttpCalls
+from runtime.service.http_failures import error_object
+from runtime.service.metrics import CONTENT_TYPE
+from runtime.service.openai_body import ChatBody, CompletionBody
+from runtime.service.openai_calls import OpenAICalls
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from runtime.service.guard import Guard
+    from runtime.service.http_exchange import Exchange
+    from runtime.service.models import Models
+
+
+def make_app(calls: HttpCalls, openai: OpenAICalls, models: Models, guard: Guard) -> FastAPI:
+    """The application.
+
+    Args:
+        calls: runs requests through the layers.
+        openai: answers them.
+        models: say whether requests are taken.
+        guard: has the metrics.
+    """
+    app = FastAPI(title="Greenroom", docs_url=None, redoc_url=None)
+    app.add_exception_handler(HTTPException, _no_route)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Say that the process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Say whether requests are taken."""
+        taken = models.is_ready()
+        return JSONResponse({"ready": taken}, status_code=200 if taken else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Everything that Prometheus is told."""
+
+        async def expose(exchange: Exchange) -> None:
+            exchange.reply(await asyncio.to_thread(guard.metrics.exposition), media_type=CONTENT_TYPE)
+
+        return calls.respond("Metrics", expose)
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        """List the models that take requests."""
+        return calls.respond("ListModels", openai.list_models)
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        """Tell of one model."""
+        return calls.respond("Model", lambda exchange: openai.model(exchange, name))
+
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionBody))
+    async def completions() -> Response:
+        """Go on with a prompt."""
+        return calls.respond("Completions", openai.completions)
+
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    async def chat() -> Response:
+        """Answer a message."""
+        return calls.respond("ChatCompletions", openai.chat)
+
+    return app
+
+
+def _takes(body: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        known: Exception = InvalidInputError("method", request.method, "is not what this path takes")
+    else:
+        known = NotFoundError(f"no such path: {request.url.path[:200]}")
+    _, body = error_object(known)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
