@@ -67,6 +67,10 @@ def constant_weights(manifest: Manifest, task: str | None, weights: str | None) 
     if task is None:
         raise InvalidInputError("task", task, "name the task, or give weights such as red=0.7,blue=0.3")
     visible, kind = manifest.visible_layers(manifest.task(task)), manifest.task(task).router.kind
+    if weights is None and manifest.task(task).hyper is not None:
+        raise InvalidInputError(
+            "task", task, f"it has hyper-adapters beside its experts; give weights to leave them out: {UNIFORM}, ..."
+        )
     if weights == ONLY_OWN:
         return _everywhere(manifest, {_own(manifest, task): 1.0})
     routed = [layer for layer, experts in visible.items() if len(experts) > 1]

@@ -63,10 +63,12 @@ def check_slots(generation: Generation, mixture: Mixture) -> None:
     """Refuse a mixture for which the graph has no slots.
 
     Raises:
-        InvalidInputError: its router is not top-k, or one of its experts updates attention.
+        InvalidInputError: its router is not top-k, it has hyper-adapters, or one of its experts updates attention.
     """
     if mixture.kind != "top_k":
         raise InvalidInputError("target", "onnx-model", f"task {mixture.task} has a router of kind {mixture.kind}")
+    if mixture.hyper is not None:
+        raise InvalidInputError("target", "onnx-model", f"task {mixture.task} has hyper-adapters beside its experts")
     for entry, unit in generation.visible_units(mixture):
         attends = [target for target in unit.ranks if target in ATTENTION_TARGETS]
         if attends:

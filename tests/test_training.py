@@ -289,6 +289,8 @@ def test_only_white_space_is_forgiven_in_an_exact_match() -> None:
     ("field", "value", "problem"),
     [
         ("rank", 0, "whole number, 1 or more"),
+        ("hyper_factor", 0, "whole number, 1 or more"),
+        ("hyper_bottleneck", 0, "whole number, 1 or more"),
         ("top_k", 1.5, "whole number, 1 or more"),
         ("batch_size", True, "whole number, 1 or more"),
         ("max_steps", -1, "whole number, 1 or more"),

@@ -51,6 +51,8 @@ class TrainingConfig:
             paper, the halves: ours).
         probe_steps: optimiser steps of the probes.
         expert_start: after probing, a new expert begins as a copy of the layer's most-used old expert (paper) or fresh.
+        hyper_bottleneck: width inside the hyper-adapters beside the experts, b (HyperMoE); None trains none.
+        hyper_factor: rank of the matrices that the hypernetwork's heads write.
         max_tokens: longest prompt plus answer; a longer example is an error, never cut.
         seed: of everything random; one seed on one machine gives one result.
         dtype: of the frozen base in training; "auto" is bfloat16 where the hardware multiplies it fast.
@@ -87,6 +89,8 @@ class TrainingConfig:
     probe_share: float = 0.1
     probe_steps: int = 40
     expert_start: ExpertStart = "copy"
+    hyper_bottleneck: int | None = None
+    hyper_factor: int = 4
     max_tokens: int = 512
     seed: int = 0
     dtype: Dtype = "auto"
@@ -110,6 +114,9 @@ class TrainingConfig:
         ):
             _check_whole(field, getattr(self, field), 1)
         _check_whole("seed", self.seed, 0)
+        _check_whole("hyper_factor", self.hyper_factor, 1)
+        if self.hyper_bottleneck is not None:
+            _check_whole("hyper_bottleneck", self.hyper_bottleneck, 1)
         if self.first_layer is not None:
             _check_whole("first_layer", self.first_layer, 0)
         if self.max_steps is not None:

@@ -20,6 +20,7 @@ from runtime.model.signature import Signer
 from training.batches import encode_row
 from training.config import TrainingConfig
 from training.data import TaskData
+from training.hyper import pack_hyper
 from training.learn import OlderSet, learn
 from training.publish import NewTask, publish_task, stand_on
 from training.report import write_report
@@ -101,6 +102,7 @@ def add_task(
         kind="top_k",
         top_k=trained.top_k,
         visible=(*visible, own[1].digest) if own else tuple(visible),
+        hyper=pack_hyper(trained.hyper, top_k=trained.top_k) if trained.hyper else None,
         trained_parameters=_num_parameters(trained),
     )
     manifest = publish_task(repertoire, base, ground, new, config, signer=signer)
@@ -110,6 +112,7 @@ def add_task(
 
 
 def _num_parameters(trained: TrainedTask) -> int:
-    """Parameters of experts and routers."""
+    """Parameters of experts, routers and hypernetwork."""
     experts = sum(expert.num_parameters for expert in trained.experts.values())
-    return experts + sum(weight.numel() for weight in trained.routers.values())
+    hyper = sum(weight.numel() for weight in trained.hyper.parameters()) if trained.hyper else 0
+    return experts + hyper + sum(weight.numel() for weight in trained.routers.values())

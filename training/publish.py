@@ -23,6 +23,7 @@ from runtime.model.manifest import (
     ExpertSet,
     Group,
     Grouping,
+    HyperRef,
     LocatorEntry,
     LocatorRef,
     Manifest,
@@ -103,7 +104,8 @@ class NewTask:
         top_k: K.
         visible: digests of the expert sets that the router may choose from.
         grouping: of a grouped router.
-        trained_parameters: of experts and router; those of the locator entry are added.
+        hyper: its hyper-adapters and the bytes of them; None where it has none.
+        trained_parameters: of experts, router and hyper-adapters; those of the locator entry are added.
     """
 
     name: str
@@ -114,6 +116,7 @@ class NewTask:
     top_k: int
     visible: tuple[str, ...]
     grouping: Grouping | None = None
+    hyper: tuple[HyperRef, bytes] | None = None
     trained_parameters: int
 
 
@@ -160,6 +163,7 @@ def publish_task(
         arrival=densities[1].entry,
         trained_parameters=task.trained_parameters
         + sum(tensor.numel() for density in densities for tensor in density.vae.values()),
+        hyper=task.hyper[0] if task.hyper else None,
     )
     refs = [
         LocatorRef(frame=_sha256(blob), feature="residual_mean", layer=sight.layer, score=config.locator_score)
@@ -179,7 +183,7 @@ def publish_task(
         tasks=(*(current.tasks if current else ()), entry),
         groups=kept_groups if groups is None else groups,
     )
-    own_blobs = [task.experts[1]] if task.experts else []
+    own_blobs = [part[1] for part in (task.experts, task.hyper) if part]
     blobs = [*frame_blobs, *own_blobs, router_blob, *(density.blob for density in densities)]
     repertoire.publish(manifest, {_sha256(blob): blob for blob in blobs}, expected=manifest.parent, signer=signer)
     return manifest

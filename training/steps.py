@@ -57,7 +57,8 @@ class Steps:
         self._base, self._ffns, self._name, self._config = base, ffns, name, config
         own = {id(ffn.router) for ffn in ffns.values()}
         routers = [ffn.router for ffn in ffns.values() if ffn.router.requires_grad]
-        experts = [p for ffn in ffns.values() for p in ffn.parameters() if p.requires_grad and id(p) not in own]
+        found = (p for ffn in ffns.values() for p in ffn.parameters() if p.requires_grad and id(p) not in own)
+        experts = list(dict.fromkeys(found))  # what several layers share comes once
         self.parameters: list[nn.Parameter] = [*experts, *routers]
         groups = [
             {"params": experts, "lr": config.learning_rate},

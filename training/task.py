@@ -16,8 +16,10 @@ from runtime.errors import InvalidInputError
 from runtime.model.attach import ExpertModule, MixtureFFN, attached
 from runtime.model.base import BaseModel
 from runtime.model.expert import Expert
+from runtime.model.hyper_module import HyperNetwork
 from training.batches import Row
 from training.config import TrainingConfig
+from training.hyper import attach_hyper
 from training.mixtures import fresh_experts, new_mixture
 from training.quick_attention import quick_attention
 from training.seeds import seed_for
@@ -33,12 +35,14 @@ class TrainedTask:
         routers: layer -> W [E, D] float32; in a layer with a new expert that is the last row.
         top_k: K, at most the largest number of visible experts in a layer.
         losses: cross-entropy of every step, nats per answer token.
+        hyper: the hypernetwork beside the experts; None where the configuration asks for none.
     """
 
     experts: Mapping[int, Expert]
     routers: Mapping[int, torch.Tensor]
     top_k: int
     losses: tuple[float, ...]
+    hyper: HyperNetwork | None = None
 
 
 def train_task(
@@ -75,12 +79,14 @@ def train_task(
     ffns = new_mixture(base, older, new, name=name, first_layer=first_layer, config=config)
     if not ffns:  # nothing to choose from and nothing to train: the plain base
         return TrainedTask({}, {}, 1, ())
+    hyper = attach_hyper(base, ffns, name=name, config=config)
     losses = train_mixture(base, ffns, rows, name=name, config=config, on_progress=on_progress)
     return TrainedTask(
         experts={layer: _newest(ffns[layer]).expert() for layer in sorted(new)},
         routers={layer: ffn.router.detach().cpu().clone() for layer, ffn in ffns.items()},
         top_k=max(ffn.top_k for ffn in ffns.values()),
         losses=losses,
+        hyper=hyper,
     )
 
 

@@ -38,6 +38,10 @@ def train(
     visible: Annotated[
         Visible, typer.Option(help="Experts that a task may use: all that are there, or its own.")
     ] = _DEFAULT.visible,
+    hyper_bottleneck: Annotated[
+        int | None, typer.Option(help="Width of hyper-adapters beside the experts (HyperMoE); default: none.")
+    ] = None,
+    hyper_factor: Annotated[int, typer.Option(help="Rank of what the hypernetwork writes.")] = _DEFAULT.hyper_factor,
     first_layer: Annotated[
         int | None, typer.Option(help="Lowest layer with experts; default: a third of the depth.")
     ] = None,
@@ -83,6 +87,8 @@ def train(
         alpha=alpha,
         top_k=top_k,
         visible=visible,
+        hyper_bottleneck=hyper_bottleneck,
+        hyper_factor=hyper_factor,
         first_layer=first_layer,
         epochs=epochs,
         max_steps=max_steps,

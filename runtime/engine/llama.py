@@ -156,6 +156,8 @@ class LlamaModel:
             weights = _weigh(mixtures, staged, x) if staged else None
             gate, up = self._mixed(staged, ("gate", "up"), x, layer.gate_up, weights).chunk(2, dim=1)
             hidden += self._mixed(staged, ("down",), silu(gate) * up, layer.down, weights)
+            if mixtures and staged and staged.hyper and weights is not None:
+                staged.hyper.add(hidden, x, weights, mixtures.rows)
             if mixtures and mixtures.watch and weights is not None:
                 mixtures.watch.note(index, weights)
 

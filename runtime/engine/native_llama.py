@@ -145,7 +145,7 @@ def _is_native(mixture: Mixture) -> bool:
     plain = all(
         router.bias is None and router.constant is None and router.groups is None for router in mixture.routers.values()
     )
-    return mixture.kind in ("top_k", "arrow") and mixture.top_k <= MAX_K and plain
+    return mixture.hyper is None and mixture.kind in ("top_k", "arrow") and mixture.top_k <= MAX_K and plain
 
 
 def _column(expert: Expert) -> NativeColumn:

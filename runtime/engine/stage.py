@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from runtime.engine.staged_hyper import StagedHyper, stage_hyper
 from runtime.engine.staged_router import StagedColumn, StagedRouter, stage_router
 from runtime.kernels.mixture import shrink
 from runtime.model.expert import Expert
@@ -60,11 +61,13 @@ class StagedLayer:
         router: of all mixtures.
         experts: digest -> what is packed, each once, in the order of packing.
         updates: for every entry of `INPUTS` that an expert updates.
+        hyper: adapters beside the FFN; None where no mixture has any.
     """
 
     router: StagedRouter
     experts: Mapping[str, Expert]
     updates: Mapping[tuple[Target, ...], StagedUpdate]
+    hyper: StagedHyper | None
 
     @property
     def columns(self) -> tuple[StagedColumn, ...]:
@@ -157,17 +160,18 @@ def _stage_layer(
                 if digest not in experts:
                     experts[digest] = fetch(digest, layer)
     router = stage_router(layer, [mixture for mixture, _ in mixtures], device)
+    hyper = stage_hyper(layer, router, [mixture for mixture, _ in mixtures])
     if held is not None and tuple(held.experts) == tuple(experts):
         again = {
             inputs: replace(update, spread=_spread(experts, router.columns, update.owners).to(device))
             for inputs, update in held.updates.items()
         }
-        return StagedLayer(router, held.experts, again)
+        return StagedLayer(router, held.experts, again, hyper)
     updates = {}
     for inputs in INPUTS:
         if any(target in expert.updates for expert in experts.values() for target in inputs):
             updates[inputs] = _pack(inputs, experts, router.columns, dtype, device)
-    return StagedLayer(router, experts, updates)
+    return StagedLayer(router, experts, updates, hyper)
 
 
 def _pack(

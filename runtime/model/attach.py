@@ -23,6 +23,7 @@ from runtime.errors import InvalidInputError, TensorMismatchError
 from runtime.kernels.routing import top_k_weights
 from runtime.model.expert import Expert, LowRank, linear_widths
 from runtime.model.generation import Generation
+from runtime.model.hyper_module import HeldHyper
 from runtime.model.manifest import ATTENTION_TARGETS, FFN_TARGETS, TARGETS, BaseRef, Target
 from runtime.model.mixture import Mixture, Router, weigh
 from runtime.model.repertoire import Repertoire
@@ -114,6 +115,7 @@ class MixtureFFN(nn.Module):
         self.router = router if isinstance(router, nn.Parameter) else nn.Parameter(router, requires_grad=False)
         self.top_k = top_k
         self.weigh = weigh
+        self.beside: nn.Module | None = None  # of x [T, D] and the chosen experts [T, E]; added to the FFN's output
         self.logits: torch.Tensor
         self.weights: torch.Tensor
 
@@ -122,7 +124,10 @@ class MixtureFFN(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         self.weights = self.route(flat)
         hidden = self.ffn.act_fn(self._linear("gate", flat)) * self._linear("up", flat)  # type: ignore[operator]
-        return self._linear("down", hidden).view_as(x)
+        y = self._linear("down", hidden)
+        if self.beside is not None:
+            y = y + self.beside(flat, self.weights > 0).to(y.dtype)
+        return y.view_as(x)
 
     def route(self, flat: torch.Tensor) -> torch.Tensor:
         """Weights [T, E] for the inputs [T, D] of the block; sets `logits` where the router is top-k."""
@@ -260,7 +265,7 @@ def hold_mixture(
         for entry, unit in generation.visible_units(mixture)
     }
     layers = decoder_layers(model)
-    return {
+    ffns = {
         layer: mixture_layer(
             layers[layer],
             [modules[digest, layer] for digest in router.experts],
@@ -270,6 +275,9 @@ def hold_mixture(
         )
         for layer, router in mixture.routers.items()
     }
+    for layer, ffn in ffns.items() if mixture.hyper else ():
+        ffn.beside = HeldHyper(mixture.hyper, layer)  # type: ignore[arg-type]
+    return ffns
 
 
 def _weigh(router: Router, mixture: Mixture, x: torch.Tensor) -> torch.Tensor:

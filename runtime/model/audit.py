@@ -20,10 +20,11 @@ from runtime.errors import (
     TensorMismatchError,
 )
 from runtime.model.digest import sha256_of_file
+from runtime.model.hyper_sets import stored_shapes
 from runtime.model.locator import frame_shapes, vae_shapes
 from runtime.model.manifest import ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
-from runtime.model.routers import router_shapes
+from runtime.model.routers import hyper_sizes, router_shapes
 
 OnBytes = Callable[[int, int], None]
 """Called with bytes read so far, and bytes to read in all."""
@@ -131,6 +132,9 @@ def _checks(manifest: Manifest) -> Iterator[_Check]:
         yield _Check(f"{task.name}: router", task.router.digest, router_shapes(manifest, task))
         yield _Check(f"{task.name}: density", task.locator.digest, vae_shapes())
         yield _Check(f"{task.name}: density on arrival", task.arrival.digest, vae_shapes())
+        if task.hyper:
+            sizes = hyper_sizes(manifest, task, task.hyper)
+            yield _Check(f"{task.name}: hyper-adapters", task.hyper.digest, stored_shapes(task.hyper.kind, sizes))
 
 
 def _all_checks(manifest: Manifest) -> Iterator[_Check]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from runtime.errors import BaseMismatchError, RepertoireError
 from runtime.model.base import BaseInfo
+from runtime.model.hyper_sets import stored_shapes
 from runtime.model.locator import Locator, Weights, frame_shapes, vae_shapes
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Task, Unit
 from runtime.model.mixture import Mixture
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
-from runtime.model.routers import make_mixture, router_shapes
+from runtime.model.routers import hyper_sizes, make_mixture, router_shapes
 
 
 @dataclass(frozen=True)
@@ -134,4 +135,8 @@ def open_generation(repertoire: Repertoire, number: int | None = None) -> Genera
 
 def _open_mixture(repertoire: Repertoire, manifest: Manifest, task: Task) -> Mixture:
     tensors = repertoire.read_tensors(task.router.digest, router_shapes(manifest, task))
-    return make_mixture(manifest, task, tensors)
+    hyper = None
+    if task.hyper is not None:
+        shapes = stored_shapes(task.hyper.kind, hyper_sizes(manifest, task, task.hyper))
+        hyper = repertoire.read_tensors(task.hyper.digest, shapes)
+    return make_mixture(manifest, task, tensors, hyper)

@@ -168,6 +168,18 @@ class LocatorRef(_Record):
     score: Literal["raw", "z", "abs_z"]
 
 
+class HyperRef(_Record):
+    """A task's hyper-adapters (HyperMoE): the hypernetwork, or the table of all adapters of a top-1 router.
+
+    The experts that they refer to are those that the task's router may choose, in the order of its rows.
+    """
+
+    kind: Literal["network", "table"]
+    digest: Digest
+    bottleneck: Annotated[int, Field(ge=1)]
+    factor: Annotated[int, Field(ge=1)]
+
+
 class Task(_Record):
     """What a user trained: own expert set, router over the visible set, densities for the locator and for arrival."""
 
@@ -177,6 +189,15 @@ class Task(_Record):
     locator: LocatorEntry
     arrival: LocatorEntry
     trained_parameters: Annotated[int, Field(ge=0)]
+    hyper: HyperRef | None = None
+
+    @model_validator(mode="after")
+    def _hyper_fits_the_router(self) -> Self:
+        if self.hyper and self.router.kind != "top_k":
+            raise ValueError(f"task {self.name}: hyper-adapters need a top_k router, not {self.router.kind}")
+        if self.hyper and self.hyper.kind == "table" and self.router.top_k > 1:
+            raise ValueError(f"task {self.name}: a table of hyper-adapters needs top_k=1, not {self.router.top_k}")
+        return self
 
 
 class Manifest(_Record):
@@ -274,6 +295,7 @@ class Manifest(_Record):
         digests = {self.locator.frame, self.arrival.frame, *(expert_set.digest for expert_set in self.experts)}
         for task in self.tasks:
             digests |= {task.router.digest, task.locator.digest, task.arrival.digest}
+            digests |= {task.hyper.digest} if task.hyper else set()
         return frozenset(digests)
 
     def to_json(self) -> bytes:

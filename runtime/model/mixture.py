@@ -15,6 +15,7 @@ import torch
 
 from runtime.kernels.grouping import grouped_weights
 from runtime.kernels.routing import top_k_weights
+from runtime.model.hyper_sets import Hyper
 
 MixtureKind = Literal["top_k", "arrow", "grouped", "fixed"]
 
@@ -79,6 +80,7 @@ class Mixture:
         kind: how the routers weigh.
         by_request: the weights are those of the whole prompt and must be fixed before it runs through the experts.
         variant: what a request made of it; empty for the task's own.
+        hyper: adapters added to the FFNs by the chosen set; None adds nothing.
     """
 
     task: str
@@ -88,6 +90,7 @@ class Mixture:
     kind: MixtureKind = "top_k"
     by_request: bool = False
     variant: str = ""
+    hyper: Hyper | None = None
 
 
 def weigh(router: Router, x: torch.Tensor, *, kind: MixtureKind, top_k: int) -> torch.Tensor:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 
 import torch
 
-from runtime.model.manifest import Grouping, Manifest, Task
+from runtime.model.hyper import HyperSizes
+from runtime.model.hyper_sets import Hyper
+from runtime.model.manifest import Grouping, HyperRef, Manifest, Task
 from runtime.model.mixture import LayerGroups, Mixture, Router, fields_digest
 
 Tensors = Mapping[str, torch.Tensor]
@@ -37,15 +39,26 @@ def router_shapes(manifest: Manifest, task: Task) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def make_mixture(manifest: Manifest, task: Task, tensors: Tensors) -> Mixture:
+def hyper_sizes(manifest: Manifest, task: Task, ref: HyperRef) -> HyperSizes:
+    """Sizes of a task's hypernetwork: the experts of a layer are those that its router may choose there."""
+    experts = {layer: len(digests) for layer, digests in manifest.visible_layers(task).items()}
+    return HyperSizes(width=manifest.base.width, bottleneck=ref.bottleneck, factor=ref.factor, experts=experts)
+
+
+def make_mixture(manifest: Manifest, task: Task, tensors: Tensors, hyper: Tensors | None = None) -> Mixture:
     """The mixture of a task.
 
     Args:
         manifest: of the generation; enters the identity.
         task: one of its tasks.
         tensors: of the router blob, as in `router_shapes`.
+        hyper: of the hyper-adapters, as in `runtime.model.hyper_sets.stored_shapes`; None where the task has none.
     """
     ref = task.router
+    made = None
+    if task.hyper is not None and hyper is not None:
+        sizes = hyper_sizes(manifest, task, task.hyper)
+        made = Hyper(task.hyper.kind, sizes, hyper, manifest.generation)
     routers = {}
     for layer, experts in manifest.visible_layers(task).items():
         if ref.grouping is None:
@@ -54,11 +67,14 @@ def make_mixture(manifest: Manifest, task: Task, tensors: Tensors) -> Mixture:
             routers[layer] = _grouped(manifest, task, layer, experts, tensors)
     return Mixture(
         task=task.name,
-        digest=fields_digest(str(manifest.generation), task.name, ref.model_dump_json()),
+        digest=fields_digest(
+            str(manifest.generation), task.name, ref.model_dump_json(), task.hyper.digest if task.hyper else ""
+        ),
         top_k=ref.top_k,
         routers=routers,
         kind=ref.kind,
         by_request=ref.grouping is not None and ref.grouping.scope == "request",
+        hyper=made,
     )
 
 

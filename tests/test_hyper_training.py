@@ -1,0 +1,80 @@
+"""Training hyper-adapters: they are learned with the experts, served as they were trained, and leave the old alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporters.constant_mixture import constant_weights
+from runtime.errors import InvalidInputError
+from runtime.model.attach import attached, load_mixture
+from runtime.model.base import BaseModel
+from runtime.model.generation import open_generation
+from runtime.model.hyper_sets import stored_shapes
+from runtime.model.repertoire import Repertoire
+from runtime.model.routers import hyper_sizes
+from training.config import TrainingConfig
+from training.data import Example, TaskData
+from training.grow import add_task
+
+CONFIG = TrainingConfig(
+    first_layer=2, max_steps=6, learning_rate=1e-2, locator_steps=5, rank=2, batch_size=8, store_dtype="float32"
+)
+HYPER = dataclasses.replace(CONFIG, hyper_bottleneck=6, hyper_factor=2)
+
+
+def task_of(name: str, letters: str) -> TaskData:
+    rows = tuple(Example(letter * (5 + i), str(place)) for i in range(8) for place, letter in enumerate(letters))
+    return TaskData(name, rows, rows[:4])
+
+
+def logits(repertoire: Repertoire, base: BaseModel, task: str, generation: int) -> torch.Tensor:
+    opened = open_generation(repertoire, generation)
+    ids = torch.tensor([opened.template.encode(base.tokenizer, "aaa bbb ??")])
+    with torch.no_grad(), attached(base.model, load_mixture(repertoire, opened, task, base.model)):
+        found: torch.Tensor = base.model(ids).logits
+    return found
+
+
+@pytest.mark.parametrize(("top_k", "kind"), [(2, "network"), (1, "table")])
+def test_a_task_is_published_with_what_was_trained_beside_its_experts(
+    tiny_base: BaseModel, tmp_path: Path, top_k: int, kind: str
+) -> None:
+    repertoire = Repertoire(tmp_path)
+    add_task(repertoire, tiny_base, task_of("one", "ab"), CONFIG)
+    plain = logits(repertoire, tiny_base, "one", 1)
+    manifest = add_task(repertoire, tiny_base, task_of("two", "cd"), dataclasses.replace(HYPER, top_k=top_k))
+    task = manifest.tasks[1]
+    assert task.hyper is not None
+    assert (task.hyper.kind, task.hyper.bottleneck, task.hyper.factor) == (kind, 6, 2)
+    opened = open_generation(repertoire)
+    hyper = opened.mixture("two").hyper
+    assert hyper is not None
+    sizes = hyper_sizes(manifest, task, task.hyper)
+    assert dict(sizes.experts) == {2: 2, 3: 2}
+    assert {name: tuple(tensor.shape) for name, tensor in hyper.weights.items()} == stored_shapes(hyper.kind, sizes)
+    x, chosen = torch.randn(4, 64), torch.eye(2, dtype=torch.bool)[[0, 1, 0, 1]]
+    assert hyper.add(3, x, chosen).any()
+    assert task.trained_parameters > manifest.tasks[0].trained_parameters
+    assert torch.equal(logits(repertoire, tiny_base, "one", 2), plain)
+
+
+def test_a_task_that_arrives_later_changes_no_adapter_of_an_older_one(tiny_base: BaseModel, tmp_path: Path) -> None:
+    repertoire = Repertoire(tmp_path)
+    for name, letters in (("one", "ab"), ("two", "cd")):
+        add_task(repertoire, tiny_base, task_of(name, letters), HYPER)
+    before = logits(repertoire, tiny_base, "two", 2)
+    add_task(repertoire, tiny_base, task_of("three", "ef"), HYPER)
+    assert torch.equal(logits(repertoire, tiny_base, "two", 3), before)
+    sizes = [open_generation(repertoire).mixture(name).hyper for name in ("one", "two", "three")]
+    assert [dict(hyper.sizes.experts)[3] for hyper in sizes if hyper] == [1, 2, 3]
+
+
+def test_an_adapter_that_follows_the_choice_is_no_part_of_a_fixed_mixture(tiny_base: BaseModel, tmp_path: Path) -> None:
+    manifest = add_task(Repertoire(tmp_path), tiny_base, task_of("one", "ab"), HYPER)
+    with pytest.raises(InvalidInputError, match="it has hyper-adapters beside its experts"):
+        constant_weights(manifest, "one", None)
+    assert constant_weights(manifest, "one", "uniform")
