@@ -15,6 +15,7 @@ from greenroom.cli.ask import ask
 from greenroom.cli.base import app as base
 from greenroom.cli.batch import batch
 from greenroom.cli.demo import demo
+from greenroom.cli.doctor import doctor
 from greenroom.cli.error_line import error_line, exit_code
 from greenroom.cli.evaluate import evaluate
 from greenroom.cli.export import export
@@ -61,7 +62,7 @@ app.add_typer(base, name="base")
 app.add_typer(adopt, name="import")
 app.add_typer(repertoire, name="repertoire")
 app.add_typer(token, name="token")
-for command in (train, evaluate, export, locate, serve, ask, batch, demo):
+for command in (train, evaluate, export, locate, serve, ask, batch, demo, doctor):
     app.command()(command)
 
 

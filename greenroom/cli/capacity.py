@@ -1,0 +1,89 @@
+"""What byte budgets can hold: experts of a repertoire, and tokens of a base's KV cache.
+
+It knows nothing of engines that run; the rules are theirs.
+Read first: a request needs the visible set of its task whole, so what counts is how many of those fit beside one
+another, the largest first.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from runtime.kernels.step_kinds import WeightKind
+from runtime.model.manifest import Manifest
+
+
+def capacity(
+    manifest: Manifest | None, base: Path | None, *, expert_budget_bytes: int, kv_budget_bytes: int, dtype: WeightKind
+) -> dict[str, int]:
+    """Figures by name; those of what is not given are left out.
+
+    Args:
+        manifest: of a generation.
+        base: folder of the base.
+        expert_budget_bytes: of expert memory.
+        kv_budget_bytes: of KV cache.
+        dtype: what the base's weights are kept in.
+    """
+    found: dict[str, int] = {}
+    if manifest is not None:
+        found |= expert_capacity(manifest, expert_budget_bytes)
+    if base is not None:
+        found |= kv_capacity(base, kv_budget_bytes, dtype)
+    return found
+
+
+def expert_capacity(manifest: Manifest, budget_bytes: int) -> dict[str, int]:
+    """How many expert sets fit, and how many tasks can run at the same time, counted from the largest down.
+
+    `tasks_too_large` can never run with this budget; `all_experts_bytes` is the budget that never evicts.
+    """
+    sizes = {entry.digest: sum(unit.bytes for unit in entry.units) for entry in manifest.experts}
+    visible = sorted((set(task.router.visible) for task in manifest.tasks), key=lambda seen: -_bytes_of(seen, sizes))
+    runnable = [seen for seen in visible if _bytes_of(seen, sizes) <= budget_bytes]
+    together: set[str] = set()
+    num_together = 0
+    for seen in runnable:
+        if _bytes_of(together | seen, sizes) > budget_bytes:
+            break
+        together |= seen
+        num_together += 1
+    return {
+        "expert_sets": len(sizes),
+        "all_experts_bytes": sum(sizes.values()),
+        "expert_sets_in_budget": _num_that_fit(sorted(sizes.values(), reverse=True), budget_bytes),
+        "tasks_running_together": num_together,
+        "tasks_too_large": len(visible) - len(runnable),
+    }
+
+
+def kv_capacity(base: Path, budget_bytes: int, dtype: WeightKind) -> dict[str, int]:
+    """Tokens that the KV cache of a base in this folder can hold."""
+    from runtime.engine.kv import KVShape
+    from runtime.engine.step_model import load_dtype
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    shape = KVShape(
+        num_layers=config["num_hidden_layers"],
+        num_heads=config.get("num_key_value_heads") or heads,
+        head_width=config.get("head_dim") or config["hidden_size"] // heads,
+        context=config["max_position_embeddings"],
+    )
+    token_bytes = shape.token_bytes(load_dtype(dtype))
+    return {"kv_token_bytes": token_bytes, "kv_tokens": budget_bytes // token_bytes}
+
+
+def _bytes_of(digests: set[str], sizes: dict[str, int]) -> int:
+    return sum(sizes[digest] for digest in digests)
+
+
+def _num_that_fit(sizes: list[int], budget_bytes: int) -> int:
+    left, count = budget_bytes, 0
+    for size in sizes:
+        if size > left:
+            break
+        left -= size
+        count += 1
+    return count
