@@ -15,9 +15,10 @@ from safetensors.torch import save
 
 from runtime.model.attach import fresh_expert
 from runtime.model.base import BaseModel
+from runtime.model.density import PROJECTED, vae_shapes
 from runtime.model.expert import pack_expert_set
 from runtime.model.generation import base_ref
-from runtime.model.locator import PROJECTED, frame_shapes, project, vae_shapes
+from runtime.model.locator import frame_shapes, project
 from runtime.model.manifest import ExpertSet, LocatorEntry, LocatorRef, Manifest, RouterRef, Task
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire

@@ -1,8 +1,8 @@
 """Target `onnx-locator`: projection, all tasks' VAEs and the decision, as one graph.
 
 It does not know how features are read from the base model; `facts` name the feature and the layer it is read at.
-Read first: the graph computes what `runtime.model.locator.Locator` computes; the VAEs are stacked, so all tasks run in
-one batched matmul per linear, and the half of the encoder that only training needs is left out.
+Read first: the graph computes what `runtime.model.locator.Locator` computes for all tasks at once; of a VAE's encoder,
+the half that only training needs is left out, so the score "neg_elbo", which needs it, cannot be exported.
 """
 
 from __future__ import annotations
@@ -16,17 +16,25 @@ from exporters.manifest import Facts, FileEntry
 from exporters.onnx_graph import Progress, build_model, write_verified
 from exporters.verify import SIZES, TOLERANCE, Case, Wanted
 from runtime.errors import InvalidInputError
+from runtime.model.density import LATENT, PROJECTED, decode
 from runtime.model.generation import Generation
-from runtime.model.locator import LATENT, Locator, decode, project
+from runtime.model.locator import Locator, project
 
 FILE_NAME = "locator.onnx"
 
 _LINEARS = ("encode", "mu", "decode", "output")
 
-_ERRORS = """
+_PROJECT = """
+    axis_middle = Constant<value_ints = [1]>()
+    axis_features = Constant<value_ints = [2]>()
+    num_features = Constant<value_float = 256.0>()
     centred = Sub(features, frame_mean)
     normalised = Div(centred, frame_deviation)
     projected = MatMul(normalised, frame_projection)
+"""
+
+_ERRORS = {
+    "vae": """
     encode_product = MatMul(projected, encode_weight)
     encode_sum = Add(encode_product, encode_bias)
     encoded = Relu(encode_sum)
@@ -39,10 +47,32 @@ _ERRORS = """
     reconstruction = Add(output_product, output_bias)
     difference = Sub(projected, reconstruction)
     square = Mul(difference, difference)
-    axis_features = Constant<value_ints = [2]>()
     errors_by_task = ReduceMean<keepdims = 0>(square, axis_features)
     errors = Transpose<perm = [1, 0]>(errors_by_task)
-"""
+""",
+    "gaussian": """
+    centres = Unsqueeze(projected, axis_middle)
+    difference = Sub(centres, mean)
+    square = Mul(difference, difference)
+    errors = ReduceMean<keepdims = 0>(square, axis_features)
+""",
+    "low_rank": """
+    centres = Unsqueeze(projected, axis_middle)
+    difference = Sub(centres, mean)
+    square = Mul(difference, difference)
+    length = ReduceSum<keepdims = 0>(square, axis_features)
+    distance = Mul(length, precision)
+    by_task = Transpose<perm = [1, 0, 2]>(difference)
+    along = MatMul(by_task, directions)
+    along_square = Mul(along, along)
+    gained = Mul(along_square, gains)
+    inside_by_task = ReduceSum<keepdims = 0>(gained, axis_features)
+    inside = Transpose<perm = [1, 0]>(inside_by_task)
+    shape = Sub(distance, inside)
+    surprise = Add(shape, volume)
+    errors = Div(surprise, num_features)
+""",
+}
 
 _SCORES = {
     "raw": """
@@ -91,12 +121,14 @@ def write_locator(generation: Generation, folder: Path, on_progress: Progress) -
     """Write `locator.onnx` into `folder`, verified.
 
     Raises:
-        InvalidInputError: the generation holds no task.
+        InvalidInputError: the generation holds no task, or its tasks are compared by "neg_elbo".
         ExportMismatchError: see `exporters.verify`.
     """
     locator, reference = generation.locator, generation.manifest.locator
     if not locator.tasks:
         raise InvalidInputError("generation", generation.manifest.generation, "it holds no task that could be located")
+    if locator.score == "neg_elbo":
+        raise InvalidInputError("score", locator.score, "this target can export raw, z and abs_z")
     facts: Facts = {
         "tasks": list(locator.tasks),
         "score": reference.score,
@@ -112,18 +144,31 @@ def _graph(locator: Locator) -> str:
     outputs = f"float[B, {num_tasks}] errors, float[B, {num_tasks}] scores, int64[B] task, float[B] margin"
     decision = _DECISION % min(2, num_tasks)
     margin = _MARGIN["rivals" if num_tasks > 1 else "no rival"]
-    body = _ERRORS + _SCORES[locator.score] + decision + margin
+    body = _PROJECT + _ERRORS[locator.density] + _SCORES[locator.score] + decision + margin
     return f"locator (float[B, {width}] features) => ({outputs}) {{{body}}}"
 
 
 def _tensors(locator: Locator) -> dict[str, torch.Tensor]:
     tensors = {f"frame_{name}": tensor for name, tensor in locator.frame.items()}
-    for name in _LINEARS:
-        tensors[f"{name}_weight"] = locator.stacked[f"{name}.weight"].transpose(1, 2).contiguous()  # [N, in, out]
-        tensors[f"{name}_bias"] = locator.stacked[f"{name}.bias"].unsqueeze(1)  # [N, 1, out]
+    tensors |= _density_tensors(locator)
     tensors["threshold"] = locator.thresholds
     if locator.score != "raw":
         tensors |= {"error_mean": locator.means, "error_sd": locator.deviations}
+    return tensors
+
+
+def _density_tensors(locator: Locator) -> dict[str, torch.Tensor]:
+    if locator.density != "vae":
+        tensors = {"mean": locator.prototypes.unsqueeze(0)}  # [1, N, 256]
+        if locator.density == "low_rank":
+            tensors |= {name: locator.stacked[name][:, 0].contiguous() for name in ("precision", "volume")}  # [N]
+            tensors["directions"] = locator.stacked["directions"].transpose(1, 2).contiguous()  # [N, 256, R]
+            tensors["gains"] = locator.stacked["gains"].unsqueeze(1).contiguous()  # [N, 1, R]
+        return tensors
+    tensors = {}
+    for name in _LINEARS:
+        tensors[f"{name}_weight"] = locator.stacked[f"{name}.weight"].transpose(1, 2).contiguous()  # [N, in, out]
+        tensors[f"{name}_bias"] = locator.stacked[f"{name}.bias"].unsqueeze(1).contiguous()  # [N, 1, out]
     return tensors
 
 
@@ -135,7 +180,7 @@ def locator_cases(locator: Locator) -> Iterator[Case]:
         errors = locator.errors(features)
         scores = locator.scores(errors)
         energy = project(locator.frame, features).square().mean(1, keepdim=True)
-        error_scale = torch.maximum(errors, energy)  # [B, N]
+        error_scale = torch.maximum(errors.abs(), energy)  # [B, N]
         score_scale = error_scale
         if locator.score != "raw":
             score_scale = (error_scale + locator.means.abs()) / locator.deviations
@@ -161,12 +206,18 @@ def locator_cases(locator: Locator) -> Iterator[Case]:
 
 
 def _features(locator: Locator, size: int, generator: torch.Generator) -> torch.Tensor:
-    """[B, D]: every third row is noise of the frame's mean and deviation, the others are what a task's VAE decodes."""
+    """[B, D]: every third row is noise of the frame's mean and deviation, the others are what a task may look like.
+
+    That is what its VAE decodes, or its mean with a little noise.
+    """
     mean, deviation, projection = (locator.frame[name] for name in ("mean", "deviation", "projection"))
     rows = torch.arange(size)
     noise = torch.randn(size, mean.shape[0], generator=generator)
-    latent = torch.randn(len(locator.tasks), size, LATENT, generator=generator)
     tasks = (rows - rows // 3) % len(locator.tasks)  # in turn over the rows that are not noise
-    decoded = decode(locator.stacked, latent)[tasks, rows]  # [B, 256]
+    if locator.density == "vae":
+        latent = torch.randn(len(locator.tasks), size, LATENT, generator=generator)
+        decoded = decode(locator.stacked, latent)[tasks, rows]  # [B, 256]
+    else:
+        decoded = locator.prototypes[tasks] + 0.1 * torch.randn(size, PROJECTED, generator=generator)
     normalised = torch.where((rows % 3 == 2).unsqueeze(1), noise, decoded @ torch.linalg.pinv(projection))
     return mean + deviation * normalised

@@ -22,6 +22,7 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |  |- SignatureError              a manifest is not signed as the reader demands
     |  `- PathEscapeError             a name that would leave the repertoire's folder
     |- GenerationMismatchError        somebody else published first
+    |- TaskInUseError                 a task cannot go, since others depend on its experts
     |- ExhaustedError
     |  |- QueueFullError
     |  |- QuotaError                  a tenant has used up what it may have for now
@@ -167,6 +168,12 @@ class GenerationMismatchError(GreenroomError):
     """The current generation is not the one the writer expected."""
 
     reason = "GENERATION_MISMATCH"
+
+
+class TaskInUseError(GreenroomError):
+    """A task cannot be removed, because routers of other tasks see its experts; the message names them."""
+
+    reason = "TASK_IN_USE"
 
 
 class ExhaustedError(GreenroomError):

@@ -20,9 +20,10 @@ from safetensors.torch import save
 from runtime.model.attach import attached, fresh_expert, hold_mixture
 from runtime.model.base import BaseModel
 from runtime.model.control import controlled, fixed_for, summary
+from runtime.model.density import PROJECTED, vae_shapes
 from runtime.model.expert import Expert, pack_expert_set
 from runtime.model.generation import base_ref, open_generation
-from runtime.model.locator import PROJECTED, pool, project, vae_shapes
+from runtime.model.locator import pool, project
 from runtime.model.manifest import (
     FFN_TARGETS,
     Grouping,

@@ -23,10 +23,12 @@ from runtime.errors import (
     InvalidInputError,
 )
 from runtime.kernels.routing import top_k_weights
+from runtime.model.density import vae_shapes
 from runtime.model.generation import Generation, open_generation
-from runtime.model.locator import Locator, pool, vae_shapes
-from runtime.model.manifest import LocatorEntry
+from runtime.model.locator import Locator, pool
+from runtime.model.manifest import Density, LocatorEntry, Score
 from runtime.model.mixture import Router
+from training.locator import low_rank_gaussian
 
 WIDTH = 64
 
@@ -79,6 +81,40 @@ def generation(three_tasks: Workshop) -> Generation:
 
 
 # ---- onnx-locator
+
+
+def gaussian_locator(num_tasks: int, density: Density, score: Score) -> Locator:
+    frame = random_locator(1, "raw").frame
+    entries = []
+    for task in range(num_tasks):
+        rows = torch.randn(60, 256, generator=torch.Generator().manual_seed(task)) + task / 4
+        tensors = low_rank_gaussian(rows) if density == "low_rank" else {"mean": rows.mean(0)}
+        entries.append((f"task-{task}", tensors, LocatorEntry(digest="0" * 64, mean=0.8, sd=0.3, threshold=1.0)))
+    locator = Locator(frame, entries, score=score, density=density)
+    locator.thresholds = locator.errors(noise(locator, 101)).median(0).values
+    return locator
+
+
+@pytest.mark.parametrize("density", ["gaussian", "low_rank"])
+@pytest.mark.parametrize(("num_tasks", "score"), [(1, "raw"), (4, "raw"), (4, "z")])
+def test_the_locator_graph_of_gaussians_says_what_the_locator_says(
+    generation: Generation, tmp_path: Path, density: Density, num_tasks: int, score: Score
+) -> None:
+    locator = gaussian_locator(num_tasks, density, score)
+    write_locator(with_locator(generation, locator), tmp_path, quiet)
+    features = noise(locator, 20)
+    got = run(tmp_path / "locator.onnx", features=features)
+    errors = locator.errors(features)
+    torch.testing.assert_close(got["errors"], errors, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got["scores"], locator.scores(errors), rtol=1e-4, atol=1e-3)
+    names = [locator.tasks[index] if index >= 0 else None for index in got["task"].tolist()]
+    assert names == [decision.task for decision in locator.locate(features)]
+    assert len(set(names)) > 1
+
+
+def test_a_score_that_needs_more_than_errors_is_not_exported(generation: Generation, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="score='neg_elbo': this target can export raw, z and abs_z"):
+        write_locator(with_locator(generation, random_locator(2, "neg_elbo")), tmp_path, quiet)
 
 
 @pytest.mark.parametrize("score", ["raw", "z", "abs_z"])

@@ -11,12 +11,13 @@ import torch
 from runtime.errors import InvalidInputError
 from runtime.model.attach import decoder_layers
 from runtime.model.base import BaseModel
-from runtime.model.locator import Locator, frame_shapes, pool, vae_shapes
-from runtime.model.manifest import LocatorEntry
+from runtime.model.density import vae_shapes
+from runtime.model.locator import Locator, frame_shapes, pool
+from runtime.model.manifest import Density, LocatorEntry
 from runtime.model.prompt import default_template
 from training.config import TrainingConfig
 from training.features import features
-from training.locator import calibrate, make_frame, train_entry
+from training.locator import calibrate, fit_entry, make_frame
 from training.reference_prompts import reference_prompts
 
 LAYER = 2
@@ -35,10 +36,14 @@ def reference(base: BaseModel) -> torch.Tensor:
     return features(base, [template.encode(base.tokenizer, text) for text in reference_prompts()], LAYER)
 
 
-def entry(base: BaseModel, frame: dict[str, torch.Tensor], name: str, words: tuple[str, ...]) -> tuple:
+def entry(
+    base: BaseModel, frame: dict[str, torch.Tensor], name: str, words: tuple[str, ...], density: Density
+) -> tuple:
     own = features(base, prompts(base, words, num=200, seed=1), LAYER)
-    vae, found = train_entry(frame, own, reference(base), CONFIG, seed=3)
-    return name, vae, LocatorEntry(digest="0" * 64, mean=found.mean, sd=found.sd, threshold=found.threshold)
+    fitted = fit_entry(frame, own, reference(base), CONFIG, density=density, seed=3)
+    found = fitted.calibration
+    record = LocatorEntry(digest="0" * 64, mean=found.mean, sd=found.sd, threshold=found.threshold)
+    return name, {**fitted.tensors, "mean": fitted.prototype}, record
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
@@ -81,10 +86,12 @@ def test_a_frame_follows_from_reference_and_seed_alone() -> None:
     assert one["projection"].std() == pytest.approx(1 / math.sqrt(64), rel=0.02)
 
 
-def test_two_different_tasks_are_told_apart_and_noise_is_neither(tiny_base: BaseModel) -> None:
-    frame = make_frame(reference(tiny_base), seed=0)
+@pytest.mark.parametrize("density", ["vae", "gaussian", "low_rank"])
+def test_two_different_tasks_are_told_apart_and_noise_is_neither(tiny_base: BaseModel, density: Density) -> None:
+    frame = make_frame(reference(tiny_base), seed=0, density=density)
     words = {"animals": ANIMAL_WORDS, "digits": DIGIT_WORDS}
-    locator = Locator(frame, [entry(tiny_base, frame, name, some) for name, some in words.items()], score="raw")
+    entries = [entry(tiny_base, frame, name, some, density) for name, some in words.items()]
+    locator = Locator(frame, entries, score="raw", density=density)
     for name, some in words.items():
         unseen = features(tiny_base, prompts(tiny_base, some, num=100, seed=2), LAYER)
         right = [decision.task for decision in locator.locate(unseen)].count(name)
@@ -99,29 +106,30 @@ def test_an_entry_is_the_same_for_the_same_seed_and_another_for_another(tiny_bas
     frame = make_frame(reference(tiny_base), seed=0)
     own = features(tiny_base, prompts(tiny_base, DIGIT_WORDS, num=40, seed=1), LAYER)
     config = TrainingConfig(locator_steps=3)
-    one, same, other = (train_entry(frame, own, reference(tiny_base), config, seed=seed) for seed in (1, 1, 2))
-    assert {name: tuple(tensor.shape) for name, tensor in one[0].items()} == vae_shapes()
-    assert one[1] == same[1]
-    assert all(torch.equal(one[0][name], same[0][name]) for name in one[0])
-    assert not torch.equal(one[0]["encode.weight"], other[0]["encode.weight"])
+    one, same, other = (
+        fit_entry(frame, own, reference(tiny_base), config, density="vae", seed=seed) for seed in (1, 1, 2)
+    )
+    assert {name: tuple(tensor.shape) for name, tensor in one.tensors.items()} == vae_shapes()
+    assert one.calibration == same.calibration
+    assert all(torch.equal(one.tensors[name], same.tensors[name]) for name in one.tensors)
+    assert not torch.equal(one.tensors["encode.weight"], other.tensors["encode.weight"])
 
 
 def test_the_threshold_lies_between_the_task_and_everything_else() -> None:
     inside = torch.tensor([1.0, 1.2, 0.8, 1.0])
-    sd = float(inside.std())
-    found = calibrate(inside, torch.linspace(100.0, 200.0, 101))
+    found = calibrate(inside, torch.linspace(100.0, 200.0, 101), false_abstain=0.0)
     assert found.mean == pytest.approx(1.0)
-    assert found.sd == pytest.approx(sd)
-    assert found.threshold == pytest.approx(math.sqrt((1 + 4 * sd) * 105.0))
+    assert found.sd == pytest.approx(float(inside.std()))
+    assert found.threshold == pytest.approx(1.2 + 0.25 * (105.0 - 1.2))
 
 
-def test_no_prompt_of_the_task_is_given_up_where_other_prompts_look_alike() -> None:
-    inside = torch.tensor([1.0, 1.1, 0.9, 5.0])
-    found = calibrate(inside, torch.full((20,), 2.0))
-    assert found.threshold >= 5.0
+def test_no_more_prompts_of_the_task_are_given_up_than_allowed_where_others_look_alike() -> None:
+    inside = torch.arange(101.0)
+    assert calibrate(inside, torch.full((20,), 2.0), false_abstain=0.05).threshold == pytest.approx(95.0)
+    assert calibrate(inside, torch.full((20,), 2.0), false_abstain=0.0).threshold == pytest.approx(100.0)
 
 
 def test_too_few_examples_for_a_density_are_refused_by_number() -> None:
     own = torch.zeros(7, 64)
     with pytest.raises(InvalidInputError, match=r"examples=7: the locator needs 8"):
-        train_entry(make_frame(torch.randn(9, 64), seed=0), own, own, CONFIG, seed=0)
+        fit_entry(make_frame(torch.randn(9, 64), seed=0), own, own, CONFIG, density="vae", seed=0)

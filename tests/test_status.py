@@ -23,6 +23,7 @@ TABLE = [
     (errors.DigestMismatchError("x"), Code.FAILED_PRECONDITION, "DIGEST_MISMATCH"),
     (errors.BaseMismatchError("x"), Code.FAILED_PRECONDITION, "BASE_MISMATCH"),
     (errors.GenerationMismatchError("x"), Code.ABORTED, "GENERATION_MISMATCH"),
+    (errors.TaskInUseError("x"), Code.FAILED_PRECONDITION, "TASK_IN_USE"),
     (errors.ExhaustedError("x"), Code.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     (errors.QueueFullError("x"), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (errors.BudgetError("x"), Code.RESOURCE_EXHAUSTED, "BUDGET_TOO_SMALL"),

@@ -7,6 +7,7 @@ Read first: every default is written here and nowhere else.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,11 +15,14 @@ from runtime.errors import InvalidInputError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 StoreDtype = Literal["float32", "bfloat16", "float16"]
-LocatorScore = Literal["raw", "z", "abs_z"]
+LocatorScore = Literal["raw", "z", "abs_z", "neg_elbo"]
+LocatorDensity = Literal["low_rank", "gaussian", "vae"]
 Expansion = Literal["everywhere", "paper", "calibrated"]
 ExpansionAxis = Literal["layers", "experts"]
 ExpertStart = Literal["copy", "fresh"]
 Visible = Literal["all", "own"]
+
+_FEATURE = re.compile(r"embedding|layer:\d{1,4}|last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,11 @@ class TrainingConfig:
         locator_beta: weight of the KL term.
         locator_held_out: share of the examples that calibrate the VAE and never train it.
         locator_score: how a new repertoire compares tasks; see `runtime.model.locator.Locator`.
+        locator_density: what a new repertoire fits to each task's prompts: a Gaussian with a covariance of its own
+            ("low_rank", ours) or with that of the reference prompts ("gaussian", ours), or a VAE (paper).
+        locator_feature: where a new repertoire reads prompts: "embedding", "layer:N" (mean over the prompt of what
+            enters decoder layer N) or "last" (the last token after the last layer: paper); None is "layer:FIRST_LAYER".
+        locator_false_abstain: share of a task's own prompts that its threshold may refuse.
 
     Raises:
         InvalidInputError: a value is out of range; the message names field and value.
@@ -100,6 +109,9 @@ class TrainingConfig:
     locator_beta: float = 0.3
     locator_held_out: float = 0.2
     locator_score: LocatorScore = "raw"
+    locator_density: LocatorDensity = "low_rank"
+    locator_feature: str | None = None
+    locator_false_abstain: float = 0.02
 
     def __post_init__(self) -> None:
         for field in (
@@ -127,6 +139,7 @@ class TrainingConfig:
             _check_real(field, getattr(self, field), above_zero=False)
         _check_share("warmup_share", self.warmup_share, zero=True)
         _check_share("locator_held_out", self.locator_held_out, zero=False)
+        _check_share("locator_false_abstain", self.locator_false_abstain, zero=True)
         _check_share("probe_share", self.probe_share, zero=False)
         _check_choice("visible", self.visible, get_args(Visible))
         _check_choice("dtype", self.dtype, get_args(Dtype))
@@ -135,6 +148,11 @@ class TrainingConfig:
         _check_choice("expansion_axis", self.expansion_axis, get_args(ExpansionAxis))
         _check_choice("expert_start", self.expert_start, get_args(ExpertStart))
         _check_choice("locator_score", self.locator_score, get_args(LocatorScore))
+        _check_choice("locator_density", self.locator_density, get_args(LocatorDensity))
+        if self.locator_score == "neg_elbo" and self.locator_density != "vae":
+            raise InvalidInputError("locator_score", self.locator_score, "only the density vae has an ELBO")
+        if self.locator_feature is not None and not _FEATURE.fullmatch(self.locator_feature):
+            raise InvalidInputError("locator_feature", self.locator_feature, "must be embedding, layer:N or last")
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps over `num_examples` examples: whole passes, the last batch of a pass may be small."""

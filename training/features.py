@@ -1,4 +1,4 @@
-"""Features of prompts for the locator: the frozen base's residual stream where the first experts sit, pooled.
+"""Features of prompts for the locator: the frozen base's residual stream at one layer, pooled or of the last token.
 
 It does not know tasks, densities or experts.
 Read first: the layers from `layer` on are never run, and a prompt's feature does not depend on the batch it is in.
@@ -30,16 +30,22 @@ def _stop(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 
 @torch.no_grad()
 def features(
-    base: BaseModel, prompts: Sequence[Sequence[int]], layer: int, *, batch_size: int = _BATCH_SIZE
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    layer: int,
+    *,
+    last: bool = False,
+    batch_size: int = _BATCH_SIZE,
 ) -> torch.Tensor:
-    """`pool` of the residual stream that enters `layer`, of every prompt.
+    """`pool` of the residual stream that enters `layer`, of every prompt; or its value at the last token.
 
     Prompts of similar length run together, padded on the right, where causal attention never looks.
 
     Args:
         base: without a mixture below `layer`.
         prompts: token ids of whole prompts as serving sends them, none empty.
-        layer: a decoder layer; 0 gives the mean of the token embeddings.
+        layer: a decoder layer; 0 is entered by the token embeddings, and L is what leaves the last layer.
+        last: the last token's (paper, at L) in place of the mean over the prompt.
         batch_size: prompts per forward pass.
 
     Returns:
@@ -51,7 +57,8 @@ def features(
         chosen = order[start : start + batch_size]
         residual = _residual(base, [prompts[i] for i in chosen], layer)
         for row, i in zip(residual, chosen, strict=True):
-            pooled[i] = pool(row[: len(prompts[i])]).cpu()
+            tokens = row[: len(prompts[i])]
+            pooled[i] = (tokens[-1].float() if last else pool(tokens)).cpu()
     return pooled
 
 
@@ -60,7 +67,9 @@ def _residual(base: BaseModel, prompts: Sequence[Sequence[int]], layer: int) -> 
     ids = torch.zeros(len(prompts), max(len(prompt) for prompt in prompts), dtype=torch.int64)
     for i, prompt in enumerate(prompts):
         ids[i, : len(prompt)] = torch.tensor(prompt)
-    hook = decoder_layers(base.model)[layer].register_forward_pre_hook(_stop)
+    layers = decoder_layers(base.model)
+    stop_at = layers[layer] if layer < len(layers) else base.model.model.norm
+    hook = stop_at.register_forward_pre_hook(_stop)
     try:
         base.model.model(input_ids=ids.to(base.model.device), use_cache=False)
     except _Reached as reached:

@@ -14,11 +14,24 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import InvalidInputError
-from runtime.model.locator import LATENT, PROJECTED, decode, encode, project, reconstruction_error, vae_shapes
+from runtime.model.density import (
+    LATENT,
+    PROJECTED,
+    RANK,
+    decode,
+    encode,
+    raw_error,
+    vae_shapes,
+)
+from runtime.model.locator import project
+from runtime.model.manifest import Density
 from training.config import TrainingConfig
 
 _LEAST_EXAMPLES = 8
 _LEAST_DEVIATION = 1e-6
+_REFERENCE_SHRINKAGE = 0.3  # a few hundred reference prompts know their leading directions only
+_TASK_SHRINKAGE = 0.3  # a hundred prompts of a task know less than the reference in most directions
+_TOWARDS_OUTSIDE = 0.25
 
 
 @dataclass(frozen=True)
@@ -30,50 +43,84 @@ class Calibration:
     threshold: float
 
 
-def make_frame(reference: torch.Tensor, *, seed: int) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Entry:
+    """A fitted density.
+
+    Args:
+        tensors: as in `density_shapes`, float32.
+        prototype: [256] mean of the projected features that fitted it.
+        calibration: on features that did not.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    prototype: torch.Tensor
+    calibration: Calibration
+
+
+def make_frame(reference: torch.Tensor, *, seed: int, density: Density = "vae") -> dict[str, torch.Tensor]:
     """Normalisation and projection of features, fixed for the life of a repertoire (ours).
 
-    `mean` and `deviation` are those of each feature over the reference prompts; `projection` is normal with variance
-    1/D, so that a normalised feature keeps its squared length on average.
+    `mean` and `deviation` are those of each feature over the reference prompts. For VAEs the projection is normal with
+    variance 1/D, so that a normalised feature keeps its squared length on average. For Gaussian densities it is
+    `Q C^-1/2`: Q are the reference's principal directions, C its covariance there, drawn towards a multiple of the
+    identity. So distances are those of a Gaussian with one covariance for all tasks, and adding a task never moves it.
 
     Args:
         reference: [B, D] features of prompts of no task; B >= 2.
-        seed: of the projection.
+        seed: of a random projection.
+        density: what the frame is for.
 
     Returns:
         tensors as in `frame_shapes`, float32.
     """
     width = reference.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "mean": reference.mean(0),
-        "deviation": reference.std(0).clamp(min=_LEAST_DEVIATION),
-        "projection": torch.randn(width, PROJECTED, generator=generator) / math.sqrt(width),
-    }
+    mean, deviation = reference.mean(0), reference.std(0).clamp(min=_LEAST_DEVIATION)
+    if density == "vae":
+        generator = torch.Generator().manual_seed(seed)
+        projection = torch.randn(width, PROJECTED, generator=generator) / math.sqrt(width)
+    else:
+        projection = _whitening(((reference - mean) / deviation).double()).float()
+    return {"mean": mean, "deviation": deviation, "projection": projection}
 
 
-def train_entry(
+def _whitening(normalised: torch.Tensor) -> torch.Tensor:
+    """`Q ((1 - s) C + s * trace(C)/256 * I)^-1/2`, s = `_REFERENCE_SHRINKAGE`: [B, D] -> [D, 256].
+
+    Q [D, 256] are the leading eigenvectors of the rows' covariance and C is diagonal there; where D < 256 the rest of
+    Q is zero.
+    """
+    values, vectors = torch.linalg.eigh(torch.cov(normalised.t()))
+    values, vectors = values.flip(0)[:PROJECTED].clamp(min=0), vectors.flip(1)[:, :PROJECTED]
+    level = values.sum() / PROJECTED
+    shrunk = (1 - _REFERENCE_SHRINKAGE) * values + _REFERENCE_SHRINKAGE * level
+    whitened = vectors * shrunk.clamp(min=_LEAST_DEVIATION).rsqrt()
+    return torch.nn.functional.pad(whitened, (0, PROJECTED - whitened.shape[1]))
+
+
+def fit_entry(
     frame: dict[str, torch.Tensor],
     own: torch.Tensor,
     reference: torch.Tensor,
     config: TrainingConfig,
     *,
+    density: Density,
     seed: int,
-) -> tuple[dict[str, torch.Tensor], Calibration]:
-    """Fit the VAE of one task and calibrate its error.
+) -> Entry:
+    """Fit the density of one task and calibrate its error.
 
-    Loss `|F - F'|^2 + beta * KL(q(z|F) || N(0, 1))` per prompt (paper), full-batch AdamW with a falling rate (ours). A
-    share of the prompts never trains the VAE and gives mean, sd and threshold of the raw error; see `calibrate`.
+    A VAE minimises `|F - F'|^2 + beta * KL(q(z|F) || N(0, 1))` per prompt (paper), by full-batch AdamW with a falling
+    rate (ours). A "gaussian" is the mean of the task's features, its covariance is in the frame; "low_rank" is a
+    Gaussian with a covariance of its own (both ours). A share of the prompts never fits the density and gives mean, sd
+    and threshold of the raw error; see `calibrate`.
 
     Args:
-        frame: as made by `make_frame`.
+        frame: as made by `make_frame` for this density.
         own: [B, D] features of the task's prompts.
         reference: [M, D] features of prompts of no task.
         config: the fields `locator_*`.
+        density: what to fit.
         seed: of split, start and noise.
-
-    Returns:
-        tensors as in `vae_shapes`, float32, and the calibration.
 
     Raises:
         InvalidInputError: fewer than 8 prompts.
@@ -85,28 +132,56 @@ def train_entry(
     order = torch.randperm(len(projected), generator=generator)
     num_held_out = min(max(2, round(config.locator_held_out * len(order))), len(order) - 2)
     held_out, training = projected[order[:num_held_out]], projected[order[num_held_out:]]
-    stacked = _fit(training, config, generator)
-    errors = reconstruction_error(stacked, held_out)[:, 0]
-    outside = reconstruction_error(stacked, project(frame, reference))[:, 0]
-    return {name: tensor[0].contiguous() for name, tensor in stacked.items()}, calibrate(errors, outside)
+    prototype = training.mean(0)
+    if density == "vae":
+        stacked = _fit(training, config, generator)
+        tensors = {name: tensor[0].contiguous() for name, tensor in stacked.items()}
+    else:
+        tensors = {"mean": prototype} if density == "gaussian" else low_rank_gaussian(training)
+    stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
+    errors = raw_error(density, stacked, held_out)[:, 0]
+    outside = raw_error(density, stacked, project(frame, reference))[:, 0]
+    return Entry(tensors, prototype, calibrate(errors, outside, false_abstain=config.locator_false_abstain))
 
 
-def calibrate(held_out: torch.Tensor, outside: torch.Tensor) -> Calibration:
+def low_rank_gaussian(projected: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A Gaussian of the rows of [B, 256]: their mean, and their covariance drawn towards the reference's (ours).
+
+    `C = (1 - s) cov + s I`, s = `_TASK_SHRINKAGE`; in the whitened space the reference's covariance is the identity.
+    The 32 leading eigenvectors of C keep their variances, and all other directions share the mean of theirs.
+
+    Returns:
+        tensors as in `low_rank_shapes`, float32.
+    """
+    covariance = (1 - _TASK_SHRINKAGE) * torch.cov(projected.double().t())
+    values, vectors = torch.linalg.eigh(covariance + _TASK_SHRINKAGE * torch.eye(PROJECTED, dtype=torch.float64))
+    values, vectors = values.flip(0), vectors.flip(1)
+    variances, rest = values[:RANK], values[RANK:].mean()
+    return {
+        "mean": projected.mean(0),
+        "directions": vectors[:, :RANK].t().contiguous().float(),
+        "gains": (1 / rest - 1 / variances).float(),
+        "precision": (1 / rest).reshape(1).float(),
+        "volume": (variances.log().sum() + (PROJECTED - RANK) * rest.log()).reshape(1).float(),
+    }
+
+
+def calibrate(held_out: torch.Tensor, outside: torch.Tensor, *, false_abstain: float) -> Calibration:
     """Threshold above which a prompt is refused, from errors in the task and errors outside of it (ours).
 
-    `inside = max(largest held-out error, mean + 4 sd)`; `beyond` = the error that 5 % of outside prompts fall below.
-    Where `beyond > inside` the threshold is their geometric mean, else `inside`: prompts of the task are never given up
-    for the sake of refusing others.
+    `inside` = the error that all but `false_abstain` of the held-out prompts fall below; `beyond` = the error that 5 %
+    of outside prompts fall below. Where `beyond > inside` the threshold lies between them, a quarter of the way, since
+    prompts of a task vary more than those held out. Else it is `inside`: prompts of the task are never given up for the
+    sake of refusing others.
 
     Args:
-        held_out: [B] raw errors of prompts of the task that did not train the VAE.
+        held_out: [B] raw errors of prompts of the task that did not fit the density.
         outside: [M] raw errors of prompts of no task.
+        false_abstain: share of the task's prompts that may be refused.
     """
     mean, sd = float(held_out.mean()), max(float(held_out.std()), _LEAST_DEVIATION)
-    inside = max(float(held_out.max()), mean + 4 * sd)
-    beyond = float(outside.quantile(0.05))
-    threshold = math.sqrt(inside * beyond) if beyond > inside else inside
-    return Calibration(mean, sd, threshold)
+    inside, beyond = float(held_out.quantile(1 - false_abstain)), float(outside.quantile(0.05))
+    return Calibration(mean, sd, inside + _TOWARDS_OUTSIDE * max(0.0, beyond - inside))
 
 
 def _fit(projected: torch.Tensor, config: TrainingConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:

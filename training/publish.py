@@ -7,7 +7,6 @@ becomes one with N + 1, or stays what it was.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +16,12 @@ from safetensors.torch import save
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.generation import base_ref, check_base
-from runtime.model.locator import frame_shapes, vae_shapes
 from runtime.model.manifest import (
     BaseRef,
     ExpertSet,
     Group,
     Grouping,
     HyperRef,
-    LocatorEntry,
-    LocatorRef,
     Manifest,
     RouterKind,
     RouterRef,
@@ -36,21 +32,7 @@ from runtime.model.prompt import PromptTemplate, default_template
 from runtime.model.repertoire import Repertoire
 from runtime.model.signature import Signer
 from training.config import TrainingConfig
-from training.features import features
-from training.locator import make_frame, train_entry
-from training.reference_prompts import reference_prompts
-from training.seeds import seed_for
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Sight:
-    """One way to look at prompts: where the residual stream is read, the frame, and the reference prompts seen so."""
-
-    layer: int
-    frame: Tensors
-    reference: torch.Tensor  # [M, D]
+from training.sight import Sight, feature_layer, new_sight, see_task, sha256, sight_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,8 @@ def stand_on(repertoire: Repertoire, base: BaseModel, name: str, config: Trainin
         if first_layer >= base.info.num_layers:
             raise InvalidInputError("first_layer", first_layer, f"the base has {base.info.num_layers} layers")
         template = default_template(base)
-        sights = [_new_sight(base, template, layer, config) for layer in (first_layer, 0)]
+        chosen = feature_layer(config.locator_feature, first_layer=first_layer, num_layers=base.info.num_layers)
+        sights = [new_sight(base, template, feature, config) for feature in (chosen, ("residual_mean", 0))]
         return Ground(None, template, first_layer, *sights)
     current = repertoire.manifest()
     check_base(current, base.info)
@@ -87,7 +70,7 @@ def stand_on(repertoire: Repertoire, base: BaseModel, name: str, config: Trainin
     if config.first_layer not in (None, current.first_layer):
         raise InvalidInputError("first_layer", config.first_layer, f"the repertoire has {current.first_layer}")
     template = PromptTemplate.parse(current.prompt_template)
-    sights = [_sight_of(repertoire, base, template, ref) for ref in (current.locator, current.arrival)]
+    sights = [sight_of(repertoire, base, template, ref) for ref in (current.locator, current.arrival)]
     return Ground(current, template, current.first_layer, *sights)
 
 
@@ -145,7 +128,7 @@ def publish_task(
         GenerationMismatchError: somebody else published meanwhile.
     """
     current, sights = ground.current, (ground.locator, ground.arrival)
-    densities = [_density(base, task.prompts, sight, config, task.name) for sight in sights]
+    seen = [see_task(base, task.prompts, sight, config, task.name) for sight in sights]
     router_blob = save({name: tensor.contiguous() for name, tensor in task.router.items()})
     frame_blobs = [save(sight.frame) for sight in sights]
     held_sets = current.experts if current else ()
@@ -154,21 +137,16 @@ def publish_task(
         experts=task.experts[0].digest if task.experts else None,
         router=RouterRef(
             kind=task.kind,
-            digest=_sha256(router_blob),
+            digest=sha256(router_blob),
             top_k=task.top_k,
             visible=task.visible,
             grouping=task.grouping,
         ),
-        locator=densities[0].entry,
-        arrival=densities[1].entry,
-        trained_parameters=task.trained_parameters
-        + sum(tensor.numel() for density in densities for tensor in density.vae.values()),
+        locator=seen[0].entry,
+        arrival=seen[1].entry,
+        trained_parameters=task.trained_parameters + sum(each.num_parameters for each in seen),
         hyper=task.hyper[0] if task.hyper else None,
     )
-    refs = [
-        LocatorRef(frame=_sha256(blob), feature="residual_mean", layer=sight.layer, score=config.locator_score)
-        for blob, sight in zip(frame_blobs, sights, strict=True)
-    ]
     kept_groups = current.groups if current else ()
     manifest = Manifest(
         schema_version=1,
@@ -177,15 +155,15 @@ def publish_task(
         base=_base_record(current, base, task),
         prompt_template=ground.template.text,
         first_layer=ground.first_layer,
-        locator=current.locator if current else refs[0],
-        arrival=current.arrival if current else refs[1],
+        locator=current.locator if current else sights[0].ref,
+        arrival=current.arrival if current else sights[1].ref,
         experts=(*held_sets, *([task.experts[0]] if task.experts else [])),
         tasks=(*(current.tasks if current else ()), entry),
         groups=kept_groups if groups is None else groups,
     )
     own_blobs = [part[1] for part in (task.experts, task.hyper) if part]
-    blobs = [*frame_blobs, *own_blobs, router_blob, *(density.blob for density in densities)]
-    repertoire.publish(manifest, {_sha256(blob): blob for blob in blobs}, expected=manifest.parent, signer=signer)
+    blobs = [*frame_blobs, *own_blobs, router_blob, *(blob for each in seen for blob in each.blobs)]
+    repertoire.publish(manifest, {sha256(blob): blob for blob in blobs}, expected=manifest.parent, signer=signer)
     return manifest
 
 
@@ -197,53 +175,3 @@ def _base_record(current: Manifest | None, base: BaseModel, task: NewTask) -> Ba
     if current.base.attention_width is None and task.experts is not None:
         return current.base.model_copy(update={"attention_width": ref.attention_width, "kv_width": ref.kv_width})
     return current.base
-
-
-def _new_sight(base: BaseModel, template: PromptTemplate, layer: int, config: TrainingConfig) -> Sight:
-    reference = _reference_features(base, template, layer)
-    return Sight(layer, make_frame(reference, seed=seed_for(config.seed, "frame", str(layer))), reference)
-
-
-def _sight_of(repertoire: Repertoire, base: BaseModel, template: PromptTemplate, ref: LocatorRef) -> Sight:
-    frame = repertoire.read_tensors(ref.frame, frame_shapes(base.info.width))
-    return Sight(ref.layer, frame, _reference_features(base, template, ref.layer))
-
-
-@dataclass(frozen=True)
-class _Density:
-    """A trained VAE, its bytes, and its entry."""
-
-    vae: Tensors
-    blob: bytes
-    entry: LocatorEntry
-
-
-def _density(
-    base: BaseModel, prompts: Sequence[Sequence[int]], sight: Sight, config: TrainingConfig, name: str
-) -> _Density:
-    if not prompts:
-        return _unlocatable()
-    own = features(base, prompts, sight.layer)
-    seed = seed_for(config.seed, name, "density", str(sight.layer))
-    vae, calibration = train_entry(sight.frame, own, sight.reference, config, seed=seed)
-    blob = save(vae)
-    entry = LocatorEntry(
-        digest=_sha256(blob), mean=calibration.mean, sd=calibration.sd, threshold=calibration.threshold
-    )
-    return _Density(vae, blob, entry)
-
-
-def _unlocatable() -> _Density:
-    """A density that is far from every prompt, and refuses it besides: its task is only ever pinned."""
-    vae = {name: torch.zeros(shape) for name, shape in vae_shapes().items()}
-    vae["output.bias"].fill_(1e4)
-    blob = save(vae)
-    return _Density(vae, blob, LocatorEntry(digest=_sha256(blob), mean=0.0, sd=1.0, threshold=-1.0))
-
-
-def _reference_features(base: BaseModel, template: PromptTemplate, layer: int) -> torch.Tensor:
-    return features(base, [template.encode(base.tokenizer, text) for text in reference_prompts()], layer)
-
-
-def _sha256(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()

@@ -174,6 +174,26 @@ def rollback(
 
 
 @app.command()
+def remove(
+    task: Annotated[str, typer.Argument(help="Name of the task.")],
+    repertoire: Folder,
+    *,
+    keep_experts: Annotated[
+        bool, typer.Option("--keep-experts", help="Where other tasks use its experts, let these stay without a task.")
+    ] = False,
+    key: Key = None,
+) -> None:
+    """Publish a generation without a task; all other tasks answer as before."""
+    from runtime.model.removal import remove_task
+    from runtime.model.repertoire import Repertoire
+    from runtime.model.signature import Signer
+
+    signer = Signer.load(key) if key else None
+    manifest = remove_task(Repertoire(repertoire), task, keep_experts=keep_experts, signer=signer)
+    typer.echo(f"generation {manifest.generation}: {task} removed, {len(manifest.tasks)} tasks left")
+
+
+@app.command()
 def sign(
     repertoire: Folder,
     *,

@@ -16,12 +16,24 @@ from rich.console import Console
 from greenroom.cli.places import cache_folder
 from greenroom.cli.train_progress import progress_bar
 from runtime.errors import InvalidInputError
-from training.config import Dtype, Expansion, ExpansionAxis, ExpertStart, TrainingConfig, Visible
+from training.config import (
+    Dtype,
+    Expansion,
+    ExpansionAxis,
+    ExpertStart,
+    LocatorDensity,
+    LocatorScore,
+    TrainingConfig,
+    Visible,
+)
 
 if TYPE_CHECKING:
+    from runtime.model.base import BaseModel
+    from runtime.model.repertoire import Repertoire
     from training.data import TaskData
 
 _DEFAULT = TrainingConfig()
+_CONFUSION_PROMPTS = 50
 
 
 def train(
@@ -70,9 +82,22 @@ def train(
     expert_start: Annotated[
         ExpertStart, typer.Option(help="After probing, begin with a copy of the most-used old expert, or fresh.")
     ] = _DEFAULT.expert_start,
+    locator_density: Annotated[
+        LocatorDensity, typer.Option(help="Of a new repertoire: what is fitted to each task's prompts.")
+    ] = _DEFAULT.locator_density,
+    locator_score: Annotated[
+        LocatorScore, typer.Option(help="Of a new repertoire: how tasks are compared.")
+    ] = _DEFAULT.locator_score,
+    locator_feature: Annotated[
+        str | None,
+        typer.Option(help="Of a new repertoire: embedding, layer:N or last; default: where experts begin."),
+    ] = _DEFAULT.locator_feature,
+    locator_false_abstain: Annotated[
+        float, typer.Option(help="Share of a task's own prompts that may be located nowhere.")
+    ] = _DEFAULT.locator_false_abstain,
     report: Annotated[
         Path | None,
-        typer.Option(help="Folder for <task>/report.json and growth.png; default: beside the repertoire."),
+        typer.Option(help="Folder for reports and pictures; default: beside the repertoire."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest prompt plus answer.")] = _DEFAULT.max_tokens,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULT.seed,
@@ -101,6 +126,10 @@ def train(
         probe_share=probe_share,
         probe_steps=probe_steps,
         expert_start=expert_start,
+        locator_density=locator_density,
+        locator_score=locator_score,
+        locator_feature=locator_feature,
+        locator_false_abstain=locator_false_abstain,
         learning_rate=learning_rate,
         max_tokens=max_tokens,
         seed=seed,
@@ -150,6 +179,7 @@ def train(
             f"parameters trained in {time.monotonic() - started:.0f} s"
         )
     _tell_growth(console, reports, tuple(arriving.name for arriving in waiting))
+    _tell_confusion(console, store, model, reports, _read(data))
 
 
 def _tell_growth(console: Console, folder: Path, names: tuple[str, ...]) -> None:
@@ -170,6 +200,25 @@ def _tell_growth(console: Console, folder: Path, names: tuple[str, ...]) -> None
         console.print(f"reports and growth.png in {folder}")
     else:
         console.print(f"reports in {folder}; pictures need the extra `plots`: pip install 'greenroom[plots]'")
+
+
+def _tell_confusion(
+    console: Console, store: Repertoire, model: BaseModel, folder: Path, tasks: tuple[TaskData, ...]
+) -> None:
+    """How well the locator tells the repertoire's tasks apart, on held-out prompts of the tasks in the data."""
+    from runtime.model.generation import open_generation
+    from training.confusion import draw_confusion, measure_confusion, write_confusion
+    from training.pictures import can_draw
+
+    texts = {task.name: [example.input for example in task.test[:_CONFUSION_PROMPTS]] for task in tasks}
+    found = measure_confusion(open_generation(store), model, texts)
+    write_confusion(folder / "confusion.json", found)
+    if can_draw():
+        draw_confusion(found, folder / "confusion.png")
+    console.print(
+        f"located right: {found[0].accuracy:.1%} of up to {_CONFUSION_PROMPTS} held-out prompts per task, "
+        f"{found[0].abstained:.1%} located nowhere; all scores in {folder / 'confusion.json'}"
+    )
 
 
 def _read(data: str) -> tuple[TaskData, ...]:

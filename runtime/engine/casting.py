@@ -9,6 +9,7 @@ enters a layer as soon as that layer's own experts are there.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -28,14 +29,23 @@ class Casting:
         memory: gives the experts.
         first_layer: the first layer with experts.
         num_layers: of the model.
+        embed: token ids -> token embeddings [T, D].
 
     `stall_s` sums the seconds in which prompts stood before a layer and waited for its experts.
     """
 
-    def __init__(self, memory: ExpertMemory, *, first_layer: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        memory: ExpertMemory,
+        *,
+        first_layer: int,
+        num_layers: int,
+        embed: Callable[[list[int]], torch.Tensor],
+    ) -> None:
         self._memory = memory
         self._first_layer = first_layer
         self._num_layers = num_layers
+        self._embed = embed
         self.stall_s = 0.0
 
     def guess(self, sequence: Sequence, embedded: torch.Tensor) -> None:
@@ -70,8 +80,8 @@ class Casting:
         request = sequence.request
         task = request.task
         if task is None and not request.base_only:
-            assert sequence.residual is not None, "the residual stream is kept between two ranges"
-            sequence.decision = sequence.generation.locator.locate(pool(sequence.residual).unsqueeze(0).cpu())[0]
+            feature = pool(self._seen(sequence)).unsqueeze(0).cpu()
+            sequence.decision = sequence.generation.locator.locate(feature)[0]
             task = sequence.decision.task
         if sequence.guess is not None and sequence.guessed_task != task:
             sequence.guess.cancel()
@@ -79,6 +89,13 @@ class Casting:
         if request.locate_only and sequence.phase is not Phase.ENDED:
             sequence.emit(located(sequence))
             sequence.finish("located")
+
+    def _seen(self, sequence: Sequence) -> torch.Tensor:
+        """The residual stream [T, D] where the locator reads it."""
+        if sequence.generation.manifest.locator.layer == 0:
+            return self._embed(sequence.prompt)
+        assert sequence.residual is not None, "the residual stream is kept between two ranges"
+        return sequence.residual
 
     def stage(self, sequence: Sequence) -> bool:
         """Reserve the experts of a sequence that awaits them; True once they are reserved, and are being read."""
@@ -98,7 +115,9 @@ class Casting:
         Where that is none at all, its reads overtake all that nobody waits for, and the time counts as a stall.
         """
         reservation = sequence.reservation
-        if not sequence.decided or sequence.awaits_experts:
+        if not sequence.decided:
+            ready = max(1, sequence.generation.manifest.locator.layer)
+        elif sequence.awaits_experts:
             ready = self._first_layer
         else:
             missing = reservation.next_missing_layer() if reservation is not None else None

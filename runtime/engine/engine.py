@@ -92,7 +92,12 @@ class Engine:
         )
         first_layer = generation.manifest.first_layer
         self._runner = StepRunner(model, self._cache, first_layer=first_layer)
-        self._casting = Casting(self.memory, first_layer=first_layer, num_layers=len(model.layers))
+        self._casting = Casting(
+            self.memory,
+            first_layer=first_layer,
+            num_layers=len(model.layers),
+            embed=lambda ids: model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device)),
+        )
         self._arrival = Arrival(
             tokenizer,
             self._cache,

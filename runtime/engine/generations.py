@@ -27,9 +27,13 @@ class Generations:
     Args:
         first: the generation to begin with.
         retire: called once when it has been replaced and nobody uses it any more.
+
+    Raises:
+        InvalidInputError: its locator reads prompts where no base-only layer has left them.
     """
 
     def __init__(self, first: Generation, *, retire: Callable[[], None]) -> None:
+        _check_locatable(first)
         self._lock = threading.Lock()
         self._current = _Served(first, retire)
         self._closed = False
@@ -51,13 +55,14 @@ class Generations:
 
         Raises:
             InvalidInputError: it cannot replace the current one in a running engine: another base, another first expert
-                layer, or the same number.
+                layer, or the same number; or its locator reads prompts above the base-only layers.
         """
         new, old = generation.manifest, self.current.manifest
         if (new.base.digest, new.base.tokenizer_digest) != (old.base.digest, old.base.tokenizer_digest):
             raise InvalidInputError("base", new.base.name, f"generation {new.generation} was made for another base")
         if new.first_layer != old.first_layer:
             raise InvalidInputError("first_layer", new.first_layer, f"the engine runs with {old.first_layer}")
+        _check_locatable(generation)
         with self._lock:
             if new.generation in self._served:
                 raise InvalidInputError("generation", new.generation, "is being served already")
@@ -100,3 +105,13 @@ class Generations:
             if needed or self._served.pop(number, None) is None:
                 return
         served.retire()
+
+
+def _check_locatable(generation: Generation) -> None:
+    locator, first_layer = generation.manifest.locator, generation.manifest.first_layer
+    if locator.feature != "residual_mean" or locator.layer > first_layer:
+        raise InvalidInputError(
+            "locator.feature",
+            f"{locator.feature} at layer {locator.layer}",
+            f"the engine locates from the mean over a prompt of what enters a layer up to {first_layer}",
+        )

@@ -19,9 +19,10 @@ from runtime.errors import (
     RepertoireError,
     TensorMismatchError,
 )
+from runtime.model.density import density_shapes, prototype_shapes
 from runtime.model.digest import sha256_of_file
 from runtime.model.hyper_sets import stored_shapes
-from runtime.model.locator import frame_shapes, vae_shapes
+from runtime.model.locator import frame_shapes
 from runtime.model.manifest import ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
 from runtime.model.routers import hyper_sizes, router_shapes
@@ -130,8 +131,13 @@ def _checks(manifest: Manifest) -> Iterator[_Check]:
         yield _Check(f"{entry.task}: experts", entry.digest, entry)
     for task in manifest.tasks:
         yield _Check(f"{task.name}: router", task.router.digest, router_shapes(manifest, task))
-        yield _Check(f"{task.name}: density", task.locator.digest, vae_shapes())
-        yield _Check(f"{task.name}: density on arrival", task.arrival.digest, vae_shapes())
+        for name, ref, density in (
+            ("density", manifest.locator, task.locator),
+            ("density on arrival", manifest.arrival, task.arrival),
+        ):
+            yield _Check(f"{task.name}: {name}", density.digest, density_shapes(ref.density))
+            if density.prototype is not None:
+                yield _Check(f"{task.name}: prototype of {name}", density.prototype, prototype_shapes())
         if task.hyper:
             sizes = hyper_sizes(manifest, task, task.hyper)
             yield _Check(f"{task.name}: hyper-adapters", task.hyper.digest, stored_shapes(task.hyper.kind, sizes))

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from runtime.errors import BaseMismatchError, RepertoireError
 from runtime.model.base import BaseInfo
+from runtime.model.density import Weights, density_shapes, prototype_shapes
 from runtime.model.hyper_sets import stored_shapes
-from runtime.model.locator import Locator, Weights, frame_shapes, vae_shapes
-from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Task, Unit
+from runtime.model.locator import Locator, frame_shapes
+from runtime.model.manifest import BaseRef, ExpertSet, LocatorEntry, LocatorRef, Manifest, Task, Unit
 from runtime.model.mixture import Mixture
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
@@ -110,27 +111,37 @@ def open_generation(repertoire: Repertoire, number: int | None = None) -> Genera
     faults: dict[str, RepertoireError] = {}
     for task in manifest.tasks:
         try:
-            vaes = [repertoire.read_tensors(entry.digest, vae_shapes()) for entry in (task.locator, task.arrival)]
+            locator = _read_density(repertoire, manifest.locator, task.locator)
+            arrival = _read_density(repertoire, manifest.arrival, task.arrival)
             mixtures[task.name] = _open_mixture(repertoire, manifest, task)
-            densities.append((task, vaes[0], vaes[1]))
+            densities.append((task, locator, arrival))
         except RepertoireError as error:
             faults[task.name] = error
     return Generation(
         manifest=manifest,
         template=PromptTemplate.parse(manifest.prompt_template),
-        locator=Locator(
-            frames[manifest.locator.frame],
-            [(task.name, vae, task.locator) for task, vae, _ in densities],
-            score=manifest.locator.score,
+        locator=_locator(
+            manifest.locator, frames, [(task.name, tensors, task.locator) for task, tensors, _ in densities]
         ),
-        arrival=Locator(
-            frames[manifest.arrival.frame],
-            [(task.name, vae, task.arrival) for task, _, vae in densities],
-            score=manifest.arrival.score,
+        arrival=_locator(
+            manifest.arrival, frames, [(task.name, tensors, task.arrival) for task, _, tensors in densities]
         ),
         mixtures=mixtures,
         faults=faults,
     )
+
+
+def _read_density(repertoire: Repertoire, ref: LocatorRef, entry: LocatorEntry) -> Weights:
+    tensors = repertoire.read_tensors(entry.digest, density_shapes(ref.density))
+    if entry.prototype is not None:
+        tensors |= repertoire.read_tensors(entry.prototype, prototype_shapes())
+    return tensors
+
+
+def _locator(
+    ref: LocatorRef, frames: Mapping[str, Weights], entries: list[tuple[str, Weights, LocatorEntry]]
+) -> Locator:
+    return Locator(frames[ref.frame], entries, score=ref.score, density=ref.density, beta=ref.beta)
 
 
 def _open_mixture(repertoire: Repertoire, manifest: Manifest, task: Task) -> Mixture:

@@ -1,26 +1,35 @@
 """The locator: which task is a prompt of, or none (LLaVA-CMoE's Probabilistic Task Locator, arXiv 2503.21227).
 
 It knows nothing of how densities are trained (`training.locator`) nor of what a located task entails.
-Read first: one small VAE per task models the features of that task's prompts; all run in one batched matmul, and the
-task that reconstructs a prompt best wins. Adding a task adds an entry and moves nothing older, because the frame
-(normalisation and random projection) is fixed when a repertoire is created.
+Read first: one small density per task models the features of that task's prompts, and the task that explains a prompt
+best wins. Adding a task adds an entry and moves nothing older, because the frame (normalisation and projection) is
+fixed when a repertoire is created. Beyond `nearest` tasks only those with the nearest prototypes are asked.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from runtime.model.manifest import LocatorEntry
+from runtime.model.density import (
+    LATENT,
+    PROJECTED,
+    Weights,
+    decode,
+    negative_elbo,
+    pack,
+    raw_error,
+    squared_distance,
+    views,
+)
+from runtime.model.manifest import Density, LocatorEntry, Score
 
-PROJECTED = 256
-HIDDEN = 64
-LATENT = 16
-
-Weights = Mapping[str, torch.Tensor]
+NEAREST = 32
+"""Tasks whose densities run for one prompt, at most."""
 
 
 def pool(residual: torch.Tensor) -> torch.Tensor:
@@ -37,48 +46,9 @@ def frame_shapes(width: int) -> dict[str, tuple[int, ...]]:
     return {"mean": (width,), "deviation": (width,), "projection": (width, PROJECTED)}
 
 
-def vae_shapes() -> dict[str, tuple[int, ...]]:
-    """Tensors of a task's VAE: 256-64-16-64-256, 36,000 parameters (ours; the paper gives no sizes)."""
-    return {
-        "encode.weight": (HIDDEN, PROJECTED),
-        "encode.bias": (HIDDEN,),
-        "mu.weight": (LATENT, HIDDEN),
-        "mu.bias": (LATENT,),
-        "log_variance.weight": (LATENT, HIDDEN),
-        "log_variance.bias": (LATENT,),
-        "decode.weight": (HIDDEN, LATENT),
-        "decode.bias": (HIDDEN,),
-        "output.weight": (PROJECTED, HIDDEN),
-        "output.bias": (PROJECTED,),
-    }
-
-
 def project(frame: Weights, features: torch.Tensor) -> torch.Tensor:
     """`F = ((f - mean) / deviation) P`: [B, D] -> [B, 256] float32."""
     return ((features.float() - frame["mean"]) / frame["deviation"]) @ frame["projection"]
-
-
-def _linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    return torch.baddbmm(weights[f"{name}.bias"].unsqueeze(1), x, weights[f"{name}.weight"].transpose(1, 2))
-
-
-def encode(weights: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and log-variance of the latent: [N, B, 256] -> 2 x [N, B, 16]; all weights carry a leading N."""
-    hidden = torch.relu(_linear(weights, "encode", x))
-    return _linear(weights, "mu", hidden), _linear(weights, "log_variance", hidden)
-
-
-def decode(weights: Weights, latent: torch.Tensor) -> torch.Tensor:
-    """Return the reconstruction F': [N, B, 16] -> [N, B, 256]."""
-    return _linear(weights, "output", torch.relu(_linear(weights, "decode", latent)))
-
-
-def reconstruction_error(weights: Weights, projected: torch.Tensor) -> torch.Tensor:
-    """`e[b, n] = mean (F_b - F'_{b,n})^2`, decoding the latent mean: [B, 256] -> [B, N]."""
-    count = weights["encode.bias"].shape[0]
-    x = projected.unsqueeze(0).expand(count, -1, -1)
-    mean, _ = encode(weights, x)
-    return (x - decode(weights, mean)).square().mean(2).t()
 
 
 @dataclass(frozen=True)
@@ -88,7 +58,7 @@ class Decision:
     Args:
         task: the best task, or None where none is near enough.
         margin: score of the second best minus that of the best; 0 with fewer than two tasks.
-        scores: (task, score) of all tasks, best first; lower is nearer.
+        scores: (task, score) of all tasks that were asked, best first; lower is nearer.
     """
 
     task: str | None
@@ -101,48 +71,107 @@ class Locator:
 
     Args:
         frame: tensors as in `frame_shapes`.
-        entries: task name -> (its VAE's tensors, its calibration), in order of arrival.
-        score: "raw" `e`, "z" `(e - mean) / sd` (the paper's), or "abs_z"; a signed z can be won by a wide VAE.
+        entries: task name -> (its density's tensors, its calibration), in order of arrival. The tensors of a VAE are
+            `vae_shapes` and, where it is stored, the prototype "mean"; other densities begin with it.
+        score: "raw" `e`; "z" `(e - mean) / sd` (the paper's); "abs_z"; "neg_elbo", of VAEs. A signed z can be won by a
+            wide VAE.
+        density: what the tensors are.
+        beta: weight of the KL term in "neg_elbo".
+        nearest: at most so many densities run for one prompt; with more tasks, those with the nearest prototypes.
     """
 
-    def __init__(self, frame: Weights, entries: Sequence[tuple[str, Weights, LocatorEntry]], *, score: str) -> None:
+    def __init__(
+        self,
+        frame: Weights,
+        entries: Sequence[tuple[str, Weights, LocatorEntry]],
+        *,
+        score: Score,
+        density: Density = "vae",
+        beta: float = 1.0,
+        nearest: int = NEAREST,
+    ) -> None:
         self.frame = frame
         self.tasks = tuple(name for name, _, _ in entries)
         self.score = score
-        self.stacked = (
-            {name: torch.stack([weights[name] for _, weights, _ in entries]) for name in vae_shapes()}
-            if entries
-            else {}
-        )
+        self.density = density
+        self.beta = beta
+        self.nearest = nearest
         self.means = torch.tensor([entry.mean for _, _, entry in entries])
         self.deviations = torch.tensor([entry.sd for _, _, entry in entries])
         self.thresholds = torch.tensor([entry.threshold for _, _, entry in entries])
+        self._rows = pack(density, [weights for _, weights, _ in entries]) if entries else torch.zeros(0, 0)
+        self.stacked: Weights = views(density, self._rows) if entries else {}
+        self.prototypes = self._prototypes([weights for _, weights, _ in entries])  # [N, 256]
+
+    def scored_by(self, score: Score) -> Locator:
+        """The same densities, compared in another way; shares their memory."""
+        other = copy.copy(self)
+        other.score = score
+        return other
 
     def errors(self, features: torch.Tensor) -> torch.Tensor:
-        """Raw reconstruction errors: [B, D] -> [B, N]."""
-        return reconstruction_error(self.stacked, project(self.frame, features))
+        """Raw errors of all tasks: [B, D] -> [B, N]; see `runtime.model.density.raw_error`."""
+        return raw_error(self.density, self.stacked, project(self.frame, features))
 
     def scores(self, errors: torch.Tensor) -> torch.Tensor:
-        """Errors -> comparable scores, [B, N]; lower is nearer."""
-        if self.score == "raw":
-            return errors
-        z = (errors - self.means) / self.deviations
-        return z.abs() if self.score == "abs_z" else z
+        """Raw errors of all tasks -> comparable scores, [B, N]; lower is nearer. Not for "neg_elbo", which needs more.
+
+        Raises:
+            ValueError: the score is "neg_elbo".
+        """
+        if self.score == "neg_elbo":
+            raise ValueError("neg_elbo does not follow from the raw errors")
+        return self._compare(errors, slice(None))
+
+    def candidates(self, features: torch.Tensor) -> torch.Tensor:
+        """The tasks that are asked: [B, D] -> [B, M] indices, `M = min(N, nearest)`, nearest prototype first."""
+        distances = squared_distance(self.prototypes, project(self.frame, features))
+        return distances.topk(min(self.nearest, len(self.tasks)), dim=1, largest=False).indices
 
     def locate(self, features: torch.Tensor) -> list[Decision]:
         """Decide for every row of [B, D]; abstain where the best task's raw error is above its threshold."""
         if not self.tasks:
             return [Decision(None, 0.0, ())] * features.shape[0]
-        errors = self.errors(features)
+        projected = project(self.frame, features)
+        if len(self.tasks) <= self.nearest:
+            everything = torch.arange(len(self.tasks))
+            scores, errors = self._ask(self.stacked, projected, everything)
+            return [self._decide(row, raw, everything) for row, raw in zip(scores, errors, strict=True)]
         decisions = []
-        for row, raw in zip(self.scores(errors), errors, strict=True):
-            values, order = (part.tolist() for part in row.sort())
-            near = math.isfinite(values[0]) and float(raw[order[0]]) <= float(self.thresholds[order[0]])
-            decisions.append(
-                Decision(
-                    task=self.tasks[order[0]] if near else None,
-                    margin=values[1] - values[0] if len(values) > 1 else 0.0,
-                    scores=tuple((self.tasks[i], value) for i, value in zip(order, values, strict=True)),
-                )
-            )
+        for row, asked in zip(projected, self.candidates(features), strict=True):
+            scores, errors = self._ask(views(self.density, self._rows[asked]), row.unsqueeze(0), asked)
+            decisions.append(self._decide(scores[0], errors[0], asked))
         return decisions
+
+    def _ask(self, weights: Weights, projected: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and raw errors [B, M] of the tasks `asked`, whose tensors are `weights`."""
+        errors = raw_error(self.density, weights, projected)
+        if self.score == "neg_elbo":
+            return negative_elbo(weights, projected, self.beta), errors
+        return self._compare(errors, asked), errors
+
+    def _compare(self, errors: torch.Tensor, asked: torch.Tensor | slice) -> torch.Tensor:
+        if self.score == "raw":
+            return errors
+        z = (errors - self.means[asked]) / self.deviations[asked]
+        return z.abs() if self.score == "abs_z" else z
+
+    def _decide(self, scores: torch.Tensor, errors: torch.Tensor, asked: torch.Tensor) -> Decision:
+        values, order = (part.tolist() for part in scores.sort())
+        tasks = asked.tolist()
+        best = order[0]
+        near = math.isfinite(values[0]) and float(errors[best]) <= float(self.thresholds[tasks[best]])
+        return Decision(
+            task=self.tasks[tasks[best]] if near else None,
+            margin=values[1] - values[0] if len(values) > 1 else 0.0,
+            scores=tuple((self.tasks[tasks[i]], value) for i, value in zip(order, values, strict=True)),
+        )
+
+    def _prototypes(self, tensors: Sequence[Weights]) -> torch.Tensor:
+        """Stored means; where a VAE has none, what it decodes from the middle of its latent space."""
+        if not tensors:
+            return torch.zeros(0, PROJECTED)
+        if all("mean" in weights for weights in tensors):
+            return torch.stack([weights["mean"] for weights in tensors])
+        middle = decode(self.stacked, torch.zeros(len(tensors), 1, LATENT))[:, 0]
+        return torch.stack([weights.get("mean", row) for weights, row in zip(tensors, middle, strict=True)])

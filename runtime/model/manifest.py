@@ -25,6 +25,10 @@ TARGETS: tuple[Target, ...] = (*ATTENTION_TARGETS, *FFN_TARGETS)
 RouterKind = Literal["top_k", "grouped", "arrow"]
 
 
+Score = Literal["raw", "z", "abs_z", "neg_elbo"]
+Density = Literal["vae", "gaussian", "low_rank"]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -147,25 +151,37 @@ class RouterRef(_Record):
 class LocatorEntry(_Record):
     """A task's density model and the calibration of its score on held-out features.
 
-    `mean` and `sd` are those of the raw reconstruction error; above `threshold` a prompt is not of this task.
+    `mean` and `sd` are those of the raw error; above `threshold` a prompt is not of this task. `prototype` names the
+    mean of the task's projected features where the density is a VAE, and null means what the VAE decodes from zero.
     """
 
     digest: Digest
     mean: float
     sd: Annotated[float, Field(gt=0)]
     threshold: float
+    prototype: Digest | None = None
 
 
 class LocatorRef(_Record):
     """What all tasks share: the frame (normalisation and projection of features) and how scores are compared.
 
-    `layer` says where the residual stream is read: what enters that layer; layer 0 is entered by the token embeddings.
+    `layer` says where the residual stream is read: what enters that layer; layer 0 is entered by the token embeddings,
+    and layer L is what leaves the last one. `residual_last` is its value at the prompt's last token, `residual_mean`
+    its mean over the prompt. `beta` weighs the KL term of the score "neg_elbo".
     """
 
     frame: Digest
-    feature: Literal["residual_mean"]
+    feature: Literal["residual_mean", "residual_last"]
     layer: Annotated[int, Field(ge=0)]
-    score: Literal["raw", "z", "abs_z"]
+    score: Score
+    density: Density = "vae"
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _score_fits_the_density(self) -> Self:
+        if self.score == "neg_elbo" and self.density != "vae":
+            raise ValueError(f"score=neg_elbo: the density must be vae, not {self.density}")
+        return self
 
 
 class HyperRef(_Record):
@@ -217,6 +233,13 @@ class Manifest(_Record):
     experts: tuple[ExpertSet, ...]
     tasks: tuple[Task, ...]
     groups: tuple[Group, ...] = ()
+
+    @model_validator(mode="after")
+    def _features_exist(self) -> Self:
+        for ref in (self.locator, self.arrival):
+            if ref.layer > self.base.num_layers:
+                raise ValueError(f"feature at layer {ref.layer}: the base has {self.base.num_layers} layers")
+        return self
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
@@ -294,7 +317,9 @@ class Manifest(_Record):
         """All blobs that this generation needs."""
         digests = {self.locator.frame, self.arrival.frame, *(expert_set.digest for expert_set in self.experts)}
         for task in self.tasks:
-            digests |= {task.router.digest, task.locator.digest, task.arrival.digest}
+            digests.add(task.router.digest)
+            for entry in (task.locator, task.arrival):
+                digests |= {entry.digest} | ({entry.prototype} if entry.prototype else set())
             digests |= {task.hyper.digest} if task.hyper else set()
         return frozenset(digests)
 

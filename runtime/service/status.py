@@ -56,6 +56,7 @@ RULES: Mapping[type[BaseException], Rule] = MappingProxyType(
             text="the repertoire cannot serve this request; the server's log says why",
         ),
         errors.GenerationMismatchError: Rule(code=grpc.StatusCode.ABORTED),
+        errors.TaskInUseError: Rule(code=grpc.StatusCode.FAILED_PRECONDITION),
         errors.ExhaustedError: Rule(code=grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=RETRY_AFTER_S),
         # What cannot fit into an empty budget will not fit later.
         errors.BudgetError: Rule(code=grpc.StatusCode.RESOURCE_EXHAUSTED),

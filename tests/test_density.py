@@ -1,0 +1,159 @@
+"""Densities, scores and the pre-filter of the locator, against short reference formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.model.density import (
+    PROJECTED,
+    density_shapes,
+    encode,
+    negative_elbo,
+    pack,
+    raw_error,
+    reconstruction_error,
+    squared_distance,
+    vae_shapes,
+    views,
+)
+from runtime.model.locator import Locator, project
+from runtime.model.manifest import Density, LocatorEntry, Score
+from training.locator import low_rank_gaussian, make_frame
+
+WIDTH = 300
+DENSITIES: tuple[Density, ...] = ("vae", "gaussian", "low_rank")
+
+
+def points(num: int, seed: int, *, spread: float = 1.0) -> torch.Tensor:
+    return spread * torch.randn(num, PROJECTED, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors_of(density: Density, seed: int) -> dict[str, torch.Tensor]:
+    if density == "vae":
+        generator = torch.Generator().manual_seed(seed)
+        vae = {name: torch.randn(shape, generator=generator) / 8 for name, shape in vae_shapes().items()}
+        return {**vae, "mean": vae["output.bias"]}
+    rows = points(80, seed) * torch.linspace(0.2, 2, PROJECTED) + points(1, seed + 1000)
+    return low_rank_gaussian(rows) if density == "low_rank" else {"mean": rows.mean(0)}
+
+
+def locator_of(density: Density, num_tasks: int, *, score: Score = "raw", nearest: int = 32) -> Locator:
+    frame = {"mean": torch.zeros(WIDTH), "deviation": torch.ones(WIDTH), "projection": torch.eye(WIDTH, PROJECTED)}
+    entries = []
+    for task in range(num_tasks):
+        record = LocatorEntry(digest="0" * 64, mean=0.5 + task / 100, sd=0.1 + task / 50, threshold=1e9)
+        entries.append((f"task-{task}", tensors_of(density, task), record))
+    return Locator(frame, entries, score=score, density=density, beta=0.3, nearest=nearest)
+
+
+def features(num: int, seed: int = 7) -> torch.Tensor:
+    return torch.randn(num, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_packed_densities_come_back_as_they_were(density: Density) -> None:
+    tensors = [tensors_of(density, seed) for seed in range(3)]
+    found = views(density, pack(density, tensors))
+    assert {name: tuple(t.shape[1:]) for name, t in found.items()} == density_shapes(density)
+    for i, one in enumerate(tensors):
+        assert all(torch.equal(found[name][i], one[name]) for name in found)
+
+
+def test_the_squared_distance_is_the_mean_over_dimensions() -> None:
+    means, rows = points(3, 1), points(4, 2)
+    wanted = torch.stack([(rows - mean).square().mean(1) for mean in means], dim=1)
+    torch.testing.assert_close(squared_distance(means, rows), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_low_rank_gaussian_is_the_log_likelihood_of_its_covariance() -> None:
+    rows = points(400, 1) * torch.linspace(0.2, 3, PROJECTED)
+    tensors = low_rank_gaussian(rows)
+    variances = 1 / (tensors["precision"] - tensors["gains"]).double()
+    directions, rest = tensors["directions"].double(), float(1 / tensors["precision"])
+    covariance = rest * torch.eye(PROJECTED, dtype=torch.float64)
+    covariance += directions.t() @ torch.diag(variances - rest) @ directions
+    normal = torch.distributions.MultivariateNormal(tensors["mean"].double(), covariance)
+    asked = points(5, 3)
+    constant = PROJECTED * torch.log(torch.tensor(2 * torch.pi))
+    wanted = (-2 * normal.log_prob(asked.double()) - constant) / PROJECTED
+    found = raw_error("low_rank", {name: t.unsqueeze(0) for name, t in tensors.items()}, asked)[:, 0]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_negative_elbo_is_the_training_loss_at_the_latent_mean() -> None:
+    weights = views("vae", pack("vae", [tensors_of("vae", 1), tensors_of("vae", 2)]))
+    rows = points(3, 4)
+    mean, log_variance = encode(weights, rows.unsqueeze(0).expand(2, -1, -1))
+    normal = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    divergence = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(2).t()
+    wanted = reconstruction_error(weights, rows) + 0.7 * divergence / PROJECTED
+    torch.testing.assert_close(negative_elbo(weights, rows, 0.7), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("density", "score"),
+    [("vae", "raw"), ("vae", "neg_elbo"), ("vae", "z"), ("low_rank", "abs_z"), ("gaussian", "z"), ("low_rank", "raw")],
+)
+def test_the_prefilter_changes_nothing_while_no_more_than_the_nearest_are_there(density: Density, score: Score) -> None:
+    everything, exact = (locator_of(density, 6, score=score, nearest=nearest) for nearest in (100, 6))
+    assert everything.locate(features(9)) == exact.locate(features(9))
+
+
+@pytest.mark.parametrize(
+    ("density", "score"), [("vae", "raw"), ("vae", "neg_elbo"), ("low_rank", "z"), ("gaussian", "raw")]
+)
+def test_the_prefilter_asks_the_tasks_with_the_nearest_prototypes_and_scores_them_alike(
+    density: Density, score: Score
+) -> None:
+    some, everything = (locator_of(density, 20, score=score, nearest=nearest) for nearest in (5, 100))
+    asked_of = features(8)
+    distances = squared_distance(some.prototypes, project(some.frame, asked_of))
+    for row, asked in enumerate(some.candidates(asked_of).tolist()):
+        assert asked == distances[row].argsort()[:5].tolist()
+    for found, wanted, asked in zip(
+        some.locate(asked_of), everything.locate(asked_of), some.candidates(asked_of).tolist(), strict=True
+    ):
+        names = {some.tasks[i] for i in asked}
+        assert {task for task, _ in found.scores} == names
+        scores = dict(wanted.scores)
+        assert [value for _, value in found.scores] == pytest.approx(sorted(scores[name] for name in names), abs=1e-4)
+        assert found.task == min(names, key=lambda name: scores[name])
+
+
+def test_a_prompt_beside_its_prototype_is_never_filtered_out() -> None:
+    locator = locator_of("low_rank", 50, nearest=3)
+    near = torch.nn.functional.pad(locator.prototypes + 0.01 * points(50, 9), (0, WIDTH - PROJECTED))
+    assert all(task in asked for task, asked in enumerate(locator.candidates(near).tolist()))
+
+
+def test_a_vae_without_a_stored_prototype_gets_what_it_decodes_from_zero() -> None:
+    tensors = tensors_of("vae", 1)
+    mean = tensors.pop("mean")
+    record = LocatorEntry(digest="0" * 64, mean=0.0, sd=1.0, threshold=1.0)
+    frame = locator_of("vae", 1).frame
+    both = Locator(frame, [("a", tensors, record), ("b", {**tensors, "mean": mean}, record)], score="raw")
+    hidden = torch.relu(tensors["decode.bias"])
+    torch.testing.assert_close(both.prototypes[0], tensors["output.weight"] @ hidden + tensors["output.bias"])
+    assert torch.equal(both.prototypes[1], mean)
+
+
+def test_another_score_shares_the_densities_and_leaves_the_first_alone() -> None:
+    raw = locator_of("vae", 4)
+    z = raw.scored_by("z")
+    errors = raw.errors(features(3))
+    torch.testing.assert_close(z.scores(errors), (errors - raw.means) / raw.deviations)
+    assert raw.score == "raw"
+    assert z.prototypes is raw.prototypes
+    with pytest.raises(ValueError, match="neg_elbo does not follow"):
+        raw.scored_by("neg_elbo").scores(errors)
+
+
+def test_a_whitened_frame_makes_the_reference_round_and_stays_when_tasks_come() -> None:
+    reference = torch.randn(2000, 64, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 5, 64)
+    frame = make_frame(reference, seed=0, density="gaussian")
+    projected = project(frame, reference)
+    variances = projected.var(0)[:64]
+    assert float(variances.max() / variances.min()) < 1.5
+    assert torch.equal(projected[:, 64:], torch.zeros(2000, PROJECTED - 64))
+    assert torch.equal(frame["projection"], make_frame(reference, seed=1, density="gaussian")["projection"])

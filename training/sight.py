@@ -1,0 +1,136 @@
+"""Sights: the ways in which a locator looks at prompts, and a task's density seen so.
+
+It does not know experts, routers or how a repertoire is written.
+Read first: a repertoire has two sights, made once for good: `locator` decides, and `arrival` guesses from the token
+embeddings before the model has run. A task's density sees that task's prompts alone, so nothing older moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+
+from runtime.errors import InvalidInputError
+from runtime.model.base import BaseModel
+from runtime.model.density import PROJECTED, density_shapes
+from runtime.model.locator import frame_shapes
+from runtime.model.manifest import LocatorEntry, LocatorRef
+from runtime.model.prompt import PromptTemplate
+from runtime.model.repertoire import Repertoire
+from training.config import TrainingConfig
+from training.features import features
+from training.locator import Calibration, fit_entry, make_frame
+from training.reference_prompts import reference_prompts
+from training.seeds import seed_for
+
+Tensors = dict[str, torch.Tensor]
+
+_FAR = 1e4
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One way to look at prompts: what the manifest says of it, the frame, and the reference prompts seen so."""
+
+    ref: LocatorRef
+    frame: Tensors
+    reference: torch.Tensor  # [M, D]
+
+
+@dataclass(frozen=True)
+class SeenTask:
+    """A task's density: its entry, the blobs that the entry names, and how many numbers were fitted."""
+
+    entry: LocatorEntry
+    blobs: tuple[bytes, ...]
+    num_parameters: int
+
+
+def feature_layer(feature: str | None, *, first_layer: int, num_layers: int) -> tuple[str, int]:
+    """What a configuration's `locator_feature` means in a manifest: feature and layer.
+
+    Raises:
+        InvalidInputError: the base has no such layer.
+    """
+    if feature is None:
+        return "residual_mean", first_layer
+    if feature == "last":
+        return "residual_last", num_layers
+    layer = 0 if feature == "embedding" else int(feature.removeprefix("layer:"))
+    if layer >= num_layers:
+        raise InvalidInputError("locator_feature", feature, f"the base has {num_layers} layers")
+    return "residual_mean", layer
+
+
+def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[str, int], config: TrainingConfig) -> Sight:
+    """A sight for a new repertoire."""
+    kind, layer = feature
+    reference = _reference_features(base, template, layer, last=kind == "residual_last")
+    seed = seed_for(config.seed, "frame", str(layer))
+    frame = make_frame(reference, seed=seed, density=config.locator_density)
+    ref = LocatorRef(
+        frame=sha256(save(frame)),
+        feature=kind,  # type: ignore[arg-type]
+        layer=layer,
+        score=config.locator_score,
+        density=config.locator_density,
+        beta=config.locator_beta,
+    )
+    return Sight(ref, frame, reference)
+
+
+def sight_of(repertoire: Repertoire, base: BaseModel, template: PromptTemplate, ref: LocatorRef) -> Sight:
+    """A sight that a repertoire has."""
+    frame = repertoire.read_tensors(ref.frame, frame_shapes(base.info.width))
+    return Sight(ref, frame, _reference_features(base, template, ref.layer, last=ref.feature == "residual_last"))
+
+
+def see_task(
+    base: BaseModel, prompts: Sequence[Sequence[int]], sight: Sight, config: TrainingConfig, name: str
+) -> SeenTask:
+    """Fit and calibrate a task's density; see `training.locator.fit_entry`. Without prompts nothing is ever located."""
+    ref = sight.ref
+    if not prompts:
+        return _unlocatable(ref)
+    own = features(base, prompts, ref.layer, last=ref.feature == "residual_last")
+    seed = seed_for(config.seed, name, "density", str(ref.layer))
+    fitted = fit_entry(sight.frame, own, sight.reference, config, density=ref.density, seed=seed)
+    return _entry(ref, fitted.tensors, fitted.prototype, fitted.calibration)
+
+
+def _entry(ref: LocatorRef, tensors: Tensors, prototype: torch.Tensor, calibration: Calibration) -> SeenTask:
+    blobs = [save(tensors)]
+    if ref.density == "vae":
+        blobs.append(save({"mean": prototype}))
+    entry = LocatorEntry(
+        digest=sha256(blobs[0]),
+        mean=calibration.mean,
+        sd=calibration.sd,
+        threshold=calibration.threshold,
+        prototype=sha256(blobs[1]) if ref.density == "vae" else None,
+    )
+    return SeenTask(entry, tuple(blobs), sum(tensor.numel() for tensor in tensors.values()))
+
+
+def _unlocatable(ref: LocatorRef) -> SeenTask:
+    """A density that is far from every prompt, and refuses it besides: its task is only ever pinned."""
+    tensors = {name: torch.zeros(shape) for name, shape in density_shapes(ref.density).items()}
+    prototype = torch.full((PROJECTED,), _FAR)
+    tensors["output.bias" if ref.density == "vae" else "mean"] = prototype
+    if ref.density == "low_rank":
+        tensors["precision"] = torch.ones(1)
+    return _entry(ref, tensors, prototype, Calibration(mean=0.0, sd=1.0, threshold=-1.0))
+
+
+def sha256(blob: bytes) -> str:
+    """The name of a blob."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _reference_features(base: BaseModel, template: PromptTemplate, layer: int, *, last: bool) -> torch.Tensor:
+    prompts = [template.encode(base.tokenizer, text) for text in reference_prompts()]
+    return features(base, prompts, layer, last=last)
