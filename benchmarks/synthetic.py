@@ -1,8 +1,8 @@
 """A repertoire of many synthetic tasks on a real base: random experts, and densities that are points.
 
 It knows nothing of what is measured.
-Read first: task i sees only its own experts, and is located exactly at the prompt `prompt_of(i)`. Answers are nonsense;
-bytes, reads and arithmetic are those of trained experts of the same rank.
+Read first: task i sees only its own experts unless asked otherwise, and is located exactly at the prompt
+`prompt_of(i)`. Answers are nonsense; bytes, reads and arithmetic are those of trained experts of the same rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def name_of(task: int) -> str:
     return f"task-{task:04d}"
 
 
-def make_repertoire(root: Path, base: BaseModel, num_tasks: int, *, rank: int, locate: bool) -> Repertoire:
+def make_repertoire(
+    root: Path, base: BaseModel, num_tasks: int, *, rank: int, locate: bool, see_all: bool = False
+) -> Repertoire:
     """Publish generation 1 with `num_tasks` tasks; does nothing if it is there.
 
     Args:
@@ -47,6 +49,7 @@ def make_repertoire(root: Path, base: BaseModel, num_tasks: int, *, rank: int, l
         num_tasks: tasks.
         rank: R of every expert.
         locate: give every task a density at its prompt; otherwise tasks must be pinned.
+        see_all: every task sees all tasks' experts, two per token; otherwise its own alone.
     """
     repertoire = Repertoire(root)
     if repertoire.head() is not None:
@@ -79,7 +82,10 @@ def make_repertoire(root: Path, base: BaseModel, num_tasks: int, *, rank: int, l
         data, entry = pack_expert_set(experts, task=name_of(task), dtype="bfloat16", base=ref)
         blobs[entry.digest] = data
         sets.append(entry)
-        router = {router_tensor_name(layer): torch.zeros(1, ref.width) for layer in experts}
+    for task in range(num_tasks):
+        visible = tuple(entry.digest for entry in sets) if see_all else (sets[task].digest,)
+        scores = torch.randn(len(visible), ref.width, generator=generator) if see_all else torch.zeros(1, ref.width)
+        router = {router_tensor_name(layer): scores for layer in range(first_layer, ref.num_layers)}
         entries = []
         for layer in (first_layer, 0):
             vae = {name: torch.zeros(shape) for name, shape in vae_shapes().items()}
@@ -88,8 +94,8 @@ def make_repertoire(root: Path, base: BaseModel, num_tasks: int, *, rank: int, l
         tasks.append(
             Task(
                 name=name_of(task),
-                experts=entry.digest,
-                router=RouterRef(kind="top_k", digest=blob(router), top_k=1, visible=(entry.digest,)),
+                experts=sets[task].digest,
+                router=RouterRef(kind="top_k", digest=blob(router), top_k=min(2, len(visible)), visible=visible),
                 locator=entries[0],
                 arrival=entries[1],
                 trained_parameters=0,
