@@ -84,8 +84,10 @@ def make_repertoire(
         sets.append(entry)
     for task in range(num_tasks):
         visible = tuple(entry.digest for entry in sets) if see_all else (sets[task].digest,)
-        scores = torch.randn(len(visible), ref.width, generator=generator) if see_all else torch.zeros(1, ref.width)
-        router = {router_tensor_name(layer): scores for layer in range(first_layer, ref.num_layers)}
+        router = {}
+        for layer in range(first_layer, ref.num_layers):
+            scores = torch.randn(len(visible), ref.width, generator=generator)
+            router[router_tensor_name(layer)] = scores if see_all else scores * 0
         entries = []
         for layer in (first_layer, 0):
             vae = {name: torch.zeros(shape) for name, shape in vae_shapes().items()}

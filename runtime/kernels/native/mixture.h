@@ -71,7 +71,16 @@ inline void route(const Mixture& mixture, const MixtureLayer& layer, const float
 template <class W>
 inline void shrink(const Update& update, float weight, const float* x, int64_t width, float* inner) {
   const W* a = static_cast<const W*>(update.a);
-  for (int64_t r = 0; r < update.rank; ++r) inner[r] = weight * dot(x, a + r * width, width);
+  int64_t r = 0;
+  for (; r + 4 <= update.rank; r += 4, a += 4 * width) {  // four rows share the loads of x
+    __m512 sum[4] = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+      const __m512 value = load(x + i);
+      for (int k = 0; k < 4; ++k) sum[k] = _mm512_fmadd_ps(load(a + k * width + i), value, sum[k]);
+    }
+    for (int k = 0; k < 4; ++k) inner[r + k] = weight * _mm512_reduce_add_ps(sum[k]);
+  }
+  for (; r < update.rank; ++r, a += width) inner[r] = weight * dot(x, a, width);
 }
 
 // inner[p, r] = weight[p] * scale * (A_p x)[r] for one target; inner is [MAX_K, max_rank].
@@ -85,24 +94,35 @@ inline void shrink(const MixtureLayer& layer, const Pairs& pairs, Target target,
   }
 }
 
-template <class W>
-inline __m512 expand(const Update& update, const float* inner, int64_t o, int64_t outputs, __m512 sum) {
+// y[0 .. 16 n - 1] += sum_r inner[r] * B[r, o ..]; what follows in the rows of B is fetched ahead.
+template <class W, int N>
+inline void expand(const Update& update, const float* inner, int64_t o, int64_t outputs, float* const y[]) {
   const W* b = static_cast<const W*>(update.b) + o;
-  for (int64_t r = 0; r < update.rank; ++r) {
-    sum = _mm512_fmadd_ps(load(b + r * outputs), _mm512_set1_ps(inner[r]), sum);
+  __m512 sum[N];
+  for (int i = 0; i < N; ++i) sum[i] = load(y[i]);
+  for (int64_t r = 0; r < update.rank; ++r, b += outputs) {
+    const __m512 factor = _mm512_set1_ps(inner[r]);
+    for (int i = 0; i < N; ++i) sum[i] = _mm512_fmadd_ps(load(b + i * LANES), factor, sum[i]);
+    for (size_t ahead = 0; ahead < N * LANES * sizeof(W); ahead += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(b + N * LANES) + ahead, _MM_HINT_T0);
+    }
   }
-  return sum;
+  for (int i = 0; i < N; ++i) store(y[i], sum[i]);
 }
 
-// y[0..15] += sum_p,r inner[p, r] * B_p[r, o .. o + 15]; `outputs` is the width of a row of B.
+template <class W>
+inline void expand(const Update& update, const float* inner, int64_t o, int64_t outputs, float* const y[], int count) {
+  if (count == 4) return expand<W, 4>(update, inner, o, outputs, y);
+  for (int i = 0; i < count; ++i) expand<W, 1>(update, inner, o + i * LANES, outputs, y + i);
+}
+
+// Add to `count` vectors y of 16 outputs from o on what the pairs' experts give; `outputs` is the width of a row of B.
 inline void expand(const MixtureLayer& layer, const Pairs& pairs, Target target, const float* inner, int64_t max_rank,
-                   int64_t o, int64_t outputs, float* y) {
-  __m512 sum = load(y);
+                   int64_t o, int64_t outputs, float* const y[], int count) {
   for (int32_t p = 0; p < pairs.count; ++p) {
     const Column& column = layer.columns[pairs.column[p]];
     const Update& update = column.updates[target];
-    sum = column.halves ? expand<bf16>(update, inner + p * max_rank, o, outputs, sum)
-                        : expand<float>(update, inner + p * max_rank, o, outputs, sum);
+    if (column.halves) expand<bf16>(update, inner + p * max_rank, o, outputs, y, count);
+    else expand<float>(update, inner + p * max_rank, o, outputs, y, count);
   }
-  store(y, sum);
 }

@@ -43,6 +43,7 @@ struct Scratch {
 };
 
 constexpr int PHASES = 10;
+constexpr int RUN = 4;  // blocks whose expands share the lines of an expert
 
 struct Model {
   Config c;
@@ -65,6 +66,11 @@ struct Model {
 };
 
 void accumulate(float* y, const float* x) { store(y, _mm512_add_ps(load(y), load(x))); }
+
+// Up to 16 values to y[o ..], as far as y goes.
+void put(float* y, int64_t o, int64_t end, const float* x) {
+  std::memcpy(y + o, x, size_t(std::min<int64_t>(LANES, end - o)) * 4);
+}
 
 void norm(const float* x, const std::vector<float>& weight, double epsilon, float* y) {
   const int64_t n = int64_t(weight.size());
@@ -151,22 +157,36 @@ struct Step {
     }
   }
 
-  void add(int64_t index, int64_t t, int which, Target target, int64_t o, int64_t outputs, float* y) const {
+  void add(int64_t index, int64_t t, int which, Target target, int64_t o, int64_t outputs, float* const y[],
+           int count) const {
     if (const MixtureLayer* layer = experts(index, t)) {
-      expand(*layer, m.s.pairs[t], target, shrunk(t, which), m.s.max_rank, o, outputs, y);
+      expand(*layer, m.s.pairs[t], target, shrunk(t, which), m.s.max_rank, o, outputs, y, count);
     }
   }
 
-  // For every block of 16 outputs and tile of tokens: done(block, t, count, products).
+  // For every run of up to RUN blocks of 16 outputs and every token: done(first output, token, products, blocks).
+  // Runs do not cross a multiple of `border` outputs. With `parts` 2 two matrices alternate block by block; the products
+  // of the second then follow those of the first.
   template <class Done>
-  void product(Share& share, const Matrix& matrix, const Input& in, int64_t step, Done&& done) const {
-    const int64_t items = matrix.blocks / step;
+  void product(Share& share, const Matrix& matrix, const Input& in, int64_t border, int parts, Done&& done) const {
+    const int64_t blocks = matrix.blocks / parts, per_border = std::max<int64_t>(1, border / LANES);
+    const int64_t runs = up(per_border, RUN) / RUN, items = up(blocks, per_border) / per_border * runs;
     share.each(items, std::max<int64_t>(1, items / (m.team.size() * 8)), [&](int64_t item) {
-      float out[2][TILE][LANES];
+      const int64_t first = item / runs * per_border + item % runs * RUN;
+      const int64_t last = std::min({first + RUN, (item / runs + 1) * per_border, blocks});
+      float out[2 * RUN][TILE][LANES];
       for (int64_t t = 0; t < tokens; t += TILE) {
         const int64_t count = std::min(TILE, tokens - t);
-        for (int64_t i = 0; i < step; ++i) multiply_tile(matrix, item * step + i, in, t, count, out[i]);
-        for (int64_t i = 0; i < count; ++i) done(item, t + i, out[0][i], out[1][i]);
+        for (int64_t block = first; block < last; ++block) {
+          for (int part = 0; part < parts; ++part) {
+            multiply_tile(matrix, block * parts + part, in, t, count, out[part * RUN + block - first]);
+          }
+        }
+        for (int64_t i = 0; i < count && first < last; ++i) {
+          float* y[2 * RUN];
+          for (int k = 0; k < 2 * RUN; ++k) y[k] = out[k][i];
+          done(first * LANES, t + i, y, int(last - first));
+        }
       }
     });
   }
@@ -238,15 +258,17 @@ struct Step {
       if (in_attention) choose(index, t, x, {Q, K, V});
     });
     m.team.barrier();
-    product(share[1], l.qkv, s.normed, 1, [&](int64_t block, int64_t t, float* y, float*) {
-      const int64_t o = block * LANES;
-      if (!l.qkv_bias.empty()) accumulate(y, l.qkv_bias.data() + o);
-      if (in_attention) {
-        if (o < q_width) add(index, t, 0, Q, o, q_width, y);
-        else if (o < q_width + kv_width) add(index, t, 1, K, o - q_width, kv_width, y);
-        else add(index, t, 2, V, o - q_width - kv_width, kv_width, y);
+    product(share[1], l.qkv, s.normed, c.head_width, 1, [&](int64_t o, int64_t t, float* const y[], int count) {
+      if (!l.qkv_bias.empty()) {
+        for (int i = 0; i < count; ++i) accumulate(y[i], l.qkv_bias.data() + o + i * LANES);
       }
-      store(s.qkv + t * m.qkv_width() + o, load(y));
+      if (in_attention) {
+        if (o < q_width) add(index, t, 0, Q, o, q_width, y, count);
+        else if (o < q_width + kv_width) add(index, t, 1, K, o - q_width, kv_width, y, count);
+        else add(index, t, 2, V, o - q_width - kv_width, kv_width, y, count);
+      }
+      float* to = s.qkv + t * m.qkv_width() + o;
+      for (int i = 0; i < count; ++i) store(to + i * LANES, load(y[i]));
     });
     m.team.barrier();
     if (m.cache.halves) attention<bf16>(index, share[2], share[3], rank);
@@ -258,9 +280,9 @@ struct Step {
       if (in_attention) reduce(index, t, x, q_width, {O});
     });
     m.team.barrier();
-    product(share[5], l.out, s.attended, 1, [&](int64_t block, int64_t t, float* y, float*) {
-      if (in_attention) add(index, t, 0, O, block * LANES, c.width, y);
-      accumulate(hidden + t * c.width + block * LANES, y);
+    product(share[5], l.out, s.attended, c.width, 1, [&](int64_t o, int64_t t, float* const y[], int count) {
+      if (in_attention) add(index, t, 0, O, o, c.width, y, count);
+      for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
     });
     m.team.barrier();
     share[6].each(tokens, 1, [&](int64_t t) {
@@ -271,10 +293,11 @@ struct Step {
       if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
     });
     m.team.barrier();
-    product(share[7], l.gate_up, s.normed, 2, [&](int64_t block, int64_t t, float* gate, float* up) {
-      add(index, t, 0, GATE, block * LANES, c.ffn, gate);
-      add(index, t, 1, UP, block * LANES, c.ffn, up);
-      store(s.inner + t * c.ffn + block * LANES, _mm512_mul_ps(silu16(load(gate)), load(up)));
+    product(share[7], l.gate_up, s.normed, c.ffn, 2, [&](int64_t o, int64_t t, float* const y[], int count) {
+      add(index, t, 0, GATE, o, c.ffn, y, count);
+      add(index, t, 1, UP, o, c.ffn, y + RUN, count);
+      float* to = s.inner + t * c.ffn + o;
+      for (int i = 0; i < count; ++i) store(to + i * LANES, _mm512_mul_ps(silu16(load(y[i])), load(y[RUN + i])));
     });
     m.team.barrier();
     share[8].each(tokens, 1, [&](int64_t t) {
@@ -283,9 +306,9 @@ struct Step {
       reduce(index, t, x, c.ffn, {DOWN});
     });
     m.team.barrier();
-    product(share[9], l.down, s.gated, 1, [&](int64_t block, int64_t t, float* y, float*) {
-      add(index, t, 0, DOWN, block * LANES, c.width, y);
-      accumulate(hidden + t * c.width + block * LANES, y);
+    product(share[9], l.down, s.gated, c.width, 1, [&](int64_t o, int64_t t, float* const y[], int count) {
+      add(index, t, 0, DOWN, o, c.width, y, count);
+      for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
     });
     m.team.barrier();
   }
@@ -379,9 +402,8 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
       prepare(m.head.kind, m.s.normed, t, x, m.c.width);
     });
     m.team.barrier();
-    step.product(m.shares[1], m.head, m.s.normed, 1, [&](int64_t block, int64_t t, float* y, float*) {
-      const int64_t o = block * LANES, count = std::min<int64_t>(LANES, m.c.vocabulary - o);
-      std::memcpy(logits + t * m.c.vocabulary + o, y, size_t(count) * 4);
+    step.product(m.shares[1], m.head, m.s.normed, m.c.vocabulary, 1, [&](int64_t o, int64_t t, float* const y[], int n) {
+      for (int i = 0; i < n; ++i) put(logits + t * m.c.vocabulary, o + i * LANES, m.c.vocabulary, y[i]);
     });
   });
   return 0;
@@ -403,10 +425,12 @@ int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t to
   m.team.run([&](int) {
     m.shares[0].each(tokens, 1, [&](int64_t t) { prepare(matrix.kind, in, t, x + t * matrix.cols, matrix.cols); });
     m.team.barrier();
-    step.product(m.shares[1], matrix, in, which == 2 ? 2 : 1, [&](int64_t item, int64_t t, float* a, float* b) {
-      const int64_t o = item * LANES, count = std::min<int64_t>(LANES, matrix.rows - o);
-      std::memcpy(y + t * matrix.rows + o, a, size_t(count) * 4);
-      if (which == 2) std::memcpy(y + t * matrix.rows + matrix.rows / 2 + o, b, LANES * 4);
+    const int parts = which == 2 ? 2 : 1;
+    const int64_t rows = matrix.rows / parts;
+    step.product(m.shares[1], matrix, in, rows, parts, [&](int64_t o, int64_t t, float* const x[], int n) {
+      for (int part = 0; part < parts; ++part) {
+        for (int i = 0; i < n; ++i) put(y + t * matrix.rows + part * rows, o + i * LANES, rows, x[part * RUN + i]);
+      }
     });
   });
   return 0;
