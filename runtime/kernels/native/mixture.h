@@ -68,6 +68,26 @@ inline void route(const Mixture& mixture, const MixtureLayer& layer, const float
   pairs->count = count;
 }
 
+// The A of the pairs' experts for one target.
+inline void fetch_a(const MixtureLayer& layer, const Pairs& pairs, Target target, int64_t width) {
+  for (int32_t p = 0; p < pairs.count; ++p) {
+    const Column& column = layer.columns[pairs.column[p]];
+    const Update& update = column.updates[target];
+    fetch(update.a, size_t(update.rank * width) * (column.halves ? 2 : 4));
+  }
+}
+
+// What an expand of `count` vectors from output o on will read.
+inline void fetch_b(const MixtureLayer& layer, const Pairs& pairs, Target target, int64_t o, int64_t outputs, int count) {
+  for (int32_t p = 0; p < pairs.count; ++p) {
+    const Column& column = layer.columns[pairs.column[p]];
+    const Update& update = column.updates[target];
+    const size_t size = column.halves ? 2 : 4;
+    const char* b = static_cast<const char*>(update.b) + o * size;
+    for (int64_t r = 0; r < update.rank; ++r) fetch(b + r * outputs * size, count * LANES * size);
+  }
+}
+
 template <class W>
 inline void shrink(const Update& update, float weight, const float* x, int64_t width, float* inner) {
   const W* a = static_cast<const W*>(update.a);
@@ -94,7 +114,7 @@ inline void shrink(const MixtureLayer& layer, const Pairs& pairs, Target target,
   }
 }
 
-// y[0 .. 16 n - 1] += sum_r inner[r] * B[r, o ..]; what follows in the rows of B is fetched ahead.
+// y[0 .. 16 n - 1] += sum_r inner[r] * B[r, o ..]
 template <class W, int N>
 inline void expand(const Update& update, const float* inner, int64_t o, int64_t outputs, float* const y[]) {
   const W* b = static_cast<const W*>(update.b) + o;
@@ -103,9 +123,6 @@ inline void expand(const Update& update, const float* inner, int64_t o, int64_t 
   for (int64_t r = 0; r < update.rank; ++r, b += outputs) {
     const __m512 factor = _mm512_set1_ps(inner[r]);
     for (int i = 0; i < N; ++i) sum[i] = _mm512_fmadd_ps(load(b + i * LANES), factor, sum[i]);
-    for (size_t ahead = 0; ahead < N * LANES * sizeof(W); ahead += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(b + N * LANES) + ahead, _MM_HINT_T0);
-    }
   }
   for (int i = 0; i < N; ++i) store(y[i], sum[i]);
 }

@@ -70,3 +70,9 @@ inline float dot(const X* x, const Y* y, int64_t n) {
   if (i < n) a = _mm512_fmadd_ps(load(x + i), load(y + i), a);
   return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
 }
+
+// Ask for all lines of some memory at once, so that their ways from there overlap.
+inline void fetch(const void* data, size_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+}

@@ -43,6 +43,7 @@ struct Scratch {
 };
 
 constexpr int PHASES = 10;
+const auto nothing = [](int64_t, int64_t, int) {};
 constexpr int RUN = 4;  // blocks whose expands share the lines of an expert
 
 struct Model {
@@ -135,6 +136,9 @@ struct Step {
 
   float* shrunk(int64_t t, int which) const { return m.s.shrunk + (t * 3 + which) * MAX_K * m.s.max_rank; }
 
+  // Whether experts come from memory for every token; with many tokens the caches hold them anyway.
+  bool few() const { return tokens <= 4 * TILE; }
+
   // The experts of token t in a layer, or null.
   const MixtureLayer* experts(int64_t index, int64_t t) const {
     const MixtureLayer* layers = stage ? stage->rows[rows[t]].layers : nullptr;
@@ -151,6 +155,9 @@ struct Step {
 
   void reduce(int64_t index, int64_t t, const float* x, int64_t width, std::initializer_list<Target> targets) const {
     const MixtureLayer* layer = experts(index, t);
+    if (layer && few()) {
+      for (Target target : targets) fetch_a(*layer, m.s.pairs[t], target, width);
+    }
     int which = 0;
     for (Target target : targets) {
       if (layer) shrink(*layer, m.s.pairs[t], target, x, width, shrunk(t, which++), m.s.max_rank);
@@ -164,11 +171,19 @@ struct Step {
     }
   }
 
-  // For every run of up to RUN blocks of 16 outputs and every token: done(first output, token, products, blocks).
+  // Ask early for what `add` will read.
+  void fetch(int64_t index, int64_t t, Target target, int64_t o, int64_t outputs, int count) const {
+    const MixtureLayer* layer = few() ? experts(index, t) : nullptr;
+    if (layer) fetch_b(*layer, m.s.pairs[t], target, o, outputs, count);
+  }
+
+  // For every run of up to RUN blocks of 16 outputs and every token: before(first output, token, blocks), then
+  // done(first output, token, products, blocks).
   // Runs do not cross a multiple of `border` outputs. With `parts` 2 two matrices alternate block by block; the products
   // of the second then follow those of the first.
-  template <class Done>
-  void product(Share& share, const Matrix& matrix, const Input& in, int64_t border, int parts, Done&& done) const {
+  template <class Before, class Done>
+  void product(Share& share, const Matrix& matrix, const Input& in, int64_t border, int parts, Before&& before,
+               Done&& done) const {
     const int64_t blocks = matrix.blocks / parts, per_border = std::max<int64_t>(1, border / LANES);
     const int64_t runs = up(per_border, RUN) / RUN, items = up(blocks, per_border) / per_border * runs;
     share.each(items, std::max<int64_t>(1, items / (m.team.size() * 8)), [&](int64_t item) {
@@ -177,6 +192,7 @@ struct Step {
       float out[2 * RUN][TILE][LANES];
       for (int64_t t = 0; t < tokens; t += TILE) {
         const int64_t count = std::min(TILE, tokens - t);
+        for (int64_t i = 0; i < count && first < last; ++i) before(first * LANES, t + i, int(last - first));
         for (int64_t block = first; block < last; ++block) {
           for (int part = 0; part < parts; ++part) {
             multiply_tile(matrix, block * parts + part, in, t, count, out[part * RUN + block - first]);
@@ -196,6 +212,11 @@ struct Step {
     const Config& c = m.c;
     const int64_t group = c.heads / c.kv_heads;
     const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * c.head_width;
+    if (alone) {  // beyond the first kilobytes the machine itself sees where it goes on
+      const size_t bytes = std::min<size_t>(size_t(positions[t] * c.head_width) * sizeof(C), 16384);
+      ::fetch(static_cast<C*>(m.cache.keys) + plane, bytes);
+      ::fetch(static_cast<C*>(m.cache.values) + plane, bytes);
+    }
     attend<C>(group, m.s.qkv + t * m.qkv_width() + head * group * c.head_width, static_cast<C*>(m.cache.keys) + plane,
               static_cast<C*>(m.cache.values) + plane, positions[t] + 1, c.head_width, scratch,
               m.s.mixed + t * m.attention_width() + head * group * c.head_width);
@@ -258,15 +279,18 @@ struct Step {
       if (in_attention) choose(index, t, x, {Q, K, V});
     });
     m.team.barrier();
-    product(share[1], l.qkv, s.normed, c.head_width, 1, [&](int64_t o, int64_t t, float* const y[], int count) {
+    const auto part_of = [&](int64_t o) { return o < q_width ? 0 : o < q_width + kv_width ? 1 : 2; };
+    const int64_t begins[] = {0, q_width, q_width + kv_width}, widths[] = {q_width, kv_width, kv_width};
+    const auto fetch_qkv = [&](int64_t o, int64_t t, int count) {
+      const int part = part_of(o);
+      if (in_attention) fetch(index, t, Target(Q + part), o - begins[part], widths[part], count);
+    };
+    product(share[1], l.qkv, s.normed, c.head_width, 1, fetch_qkv, [&](int64_t o, int64_t t, float* const y[], int count) {
       if (!l.qkv_bias.empty()) {
         for (int i = 0; i < count; ++i) accumulate(y[i], l.qkv_bias.data() + o + i * LANES);
       }
-      if (in_attention) {
-        if (o < q_width) add(index, t, 0, Q, o, q_width, y, count);
-        else if (o < q_width + kv_width) add(index, t, 1, K, o - q_width, kv_width, y, count);
-        else add(index, t, 2, V, o - q_width - kv_width, kv_width, y, count);
-      }
+      const int part = part_of(o);
+      if (in_attention) add(index, t, part, Target(Q + part), o - begins[part], widths[part], y, count);
       float* to = s.qkv + t * m.qkv_width() + o;
       for (int i = 0; i < count; ++i) store(to + i * LANES, load(y[i]));
     });
@@ -280,7 +304,10 @@ struct Step {
       if (in_attention) reduce(index, t, x, q_width, {O});
     });
     m.team.barrier();
-    product(share[5], l.out, s.attended, c.width, 1, [&](int64_t o, int64_t t, float* const y[], int count) {
+    const auto fetch_out = [&](int64_t o, int64_t t, int count) {
+      if (in_attention) fetch(index, t, O, o, c.width, count);
+    };
+    product(share[5], l.out, s.attended, c.width, 1, fetch_out, [&](int64_t o, int64_t t, float* const y[], int count) {
       if (in_attention) add(index, t, 0, O, o, c.width, y, count);
       for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
     });
@@ -293,7 +320,11 @@ struct Step {
       if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
     });
     m.team.barrier();
-    product(share[7], l.gate_up, s.normed, c.ffn, 2, [&](int64_t o, int64_t t, float* const y[], int count) {
+    const auto fetch_gate_up = [&](int64_t o, int64_t t, int count) {
+      fetch(index, t, GATE, o, c.ffn, count);
+      fetch(index, t, UP, o, c.ffn, count);
+    };
+    product(share[7], l.gate_up, s.normed, c.ffn, 2, fetch_gate_up, [&](int64_t o, int64_t t, float* const y[], int count) {
       add(index, t, 0, GATE, o, c.ffn, y, count);
       add(index, t, 1, UP, o, c.ffn, y + RUN, count);
       float* to = s.inner + t * c.ffn + o;
@@ -306,7 +337,8 @@ struct Step {
       reduce(index, t, x, c.ffn, {DOWN});
     });
     m.team.barrier();
-    product(share[9], l.down, s.gated, c.width, 1, [&](int64_t o, int64_t t, float* const y[], int count) {
+    const auto fetch_down = [&](int64_t o, int64_t t, int count) { fetch(index, t, DOWN, o, c.width, count); };
+    product(share[9], l.down, s.gated, c.width, 1, fetch_down, [&](int64_t o, int64_t t, float* const y[], int count) {
       add(index, t, 0, DOWN, o, c.width, y, count);
       for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
     });
@@ -402,7 +434,7 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
       prepare(m.head.kind, m.s.normed, t, x, m.c.width);
     });
     m.team.barrier();
-    step.product(m.shares[1], m.head, m.s.normed, m.c.vocabulary, 1, [&](int64_t o, int64_t t, float* const y[], int n) {
+    step.product(m.shares[1], m.head, m.s.normed, m.c.vocabulary, 1, nothing, [&](int64_t o, int64_t t, float* const y[], int n) {
       for (int i = 0; i < n; ++i) put(logits + t * m.c.vocabulary, o + i * LANES, m.c.vocabulary, y[i]);
     });
   });
@@ -427,7 +459,7 @@ int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t to
     m.team.barrier();
     const int parts = which == 2 ? 2 : 1;
     const int64_t rows = matrix.rows / parts;
-    step.product(m.shares[1], matrix, in, rows, parts, [&](int64_t o, int64_t t, float* const x[], int n) {
+    step.product(m.shares[1], matrix, in, rows, parts, nothing, [&](int64_t o, int64_t t, float* const x[], int n) {
       for (int part = 0; part < parts; ++part) {
         for (int i = 0; i < n; ++i) put(y + t * matrix.rows + part * rows, o + i * LANES, rows, x[part * RUN + i]);
       }
