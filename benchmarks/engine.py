@@ -102,50 +102,69 @@ def floor_s(workload: str, weights: str, limits: dict[str, float]) -> float:
     return max(size / limits["bandwidth_gb_s"], operations / limits[f"{kind}_gmac_s"]) / 1e9
 
 
+Samples = dict[tuple[str, str, int, str], list[dict[str, float]]]
+"""(system, dtype, bits of a weight, workload) -> a row per round."""
+
+
+def our_round(weights: str, options: argparse.Namespace, samples: Samples) -> float:
+    """Our turn with one kind of weights; returns the seconds that the engine took to start."""
+    child = Child(weights, options.folder, options.threads, "native")
+    for workload in options.workloads:
+        if workload != "W7":
+            child.say(f"warm {workload}")
+        row = child.say(workload)
+        samples["greenroom", weights, BITS[weights], workload].append(row)
+        _show("greenroom", weights, workload, row)
+    child.close()
+    return child.start_s
+
+
+def check_tokens(weights: str, options: argparse.Namespace) -> dict[str, int]:
+    """Workload -> how many greedy tokens were compared between each sequence alone and in its batch; all are equal."""
+    child, checked = Child(weights, options.folder, options.threads, "native"), {}
+    for workload in sorted({"W3", "W4"}.intersection(options.workloads)):
+        tokens = child.say(f"tokens {workload}")
+        if tokens["together"] != tokens["alone"]:
+            raise SystemExit(f"{weights} {workload}: a batch changed an answer")
+        checked[workload] = sum(len(each) for each in tokens["alone"])
+    child.close()
+    return checked
+
+
+def peers_round(options: argparse.Namespace, samples: Samples) -> None:
+    """The turns of the peers."""
+    for peer in PEERS:
+        root = Path(os.environ["PEERS_ROOT"])
+        for row in run_peer(peer, options.peers, root, workloads=options.workloads, threads=options.threads):
+            samples[peer.system, peer.dtype, peer.weight_bits, row["workload"]].append(row)
+            _show(peer.system, peer.dtype, row["workload"], row)
+
+
 def rounds(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of all systems, medians over the rounds; and how long our engines took to start."""
-    samples: dict[tuple[str, str, int, str], list[dict[str, float]]] = defaultdict(list)
-    starts = {}
-    checked = {}
-    for number in range(options.repeats):
+    samples: Samples = defaultdict(list)
+    starts: dict[str, float] = {}
+    checked = {weights: check_tokens(weights, options) for weights in options.weights}
+    for _ in range(options.repeats):
         for weights in options.weights:
-            child = Child(weights, options.folder, options.threads, "native")
-            starts[weights] = child.start_s
-            for workload in options.workloads:
-                if workload != "W7":
-                    child.say(f"warm {workload}")
-                row = child.say(workload)
-                samples["greenroom", weights, BITS[weights], workload].append(row)
-                _show(number, "greenroom", weights, workload, row)
-            if number == 0:
-                for workload in ("W3", "W4"):
-                    if workload in options.workloads:
-                        tokens = child.say(f"tokens {workload}")
-                        assert tokens["together"] == tokens["alone"], "a batch changed an answer"
-                        checked[weights, workload] = sum(len(each) for each in tokens["alone"])
-            child.close()
-        for peer in PEERS if options.peers else ():
-            root = Path(os.environ["PEERS_ROOT"])
-            found = run_peer(peer, options.peers, root, workloads=options.workloads, threads=options.threads)
-            for row in found:
-                samples[peer.system, peer.dtype, peer.weight_bits, row["workload"]].append(row)
-                _show(number, peer.system, peer.dtype, row["workload"], row)
+            starts[weights] = our_round(weights, options, samples)
+        if options.peers:
+            peers_round(options, samples)
     rows = []
     for (system, dtype, bits, workload), found in samples.items():
-        row = {"workload": workload, "system": system, "dtype": dtype, "weight_bits": bits}
+        row: dict[str, Any] = {"workload": workload, "system": system, "dtype": dtype, "weight_bits": bits}
         for name in ("tokens_per_s", "ttft_s", "tpot_s"):
             row[name] = float(f"{statistics.median(each[name] for each in found):.4g}")
         row["peak_rss_mb"] = round(max(each["peak_rss_mb"] for each in found))
-        row["rounds"] = len(found)
         row["spread"] = [round(each["tokens_per_s"], 1) for each in found]
-        row["tokens_checked"] = checked.get((dtype, workload)) if system == "greenroom" else None
+        row["tokens_checked"] = checked.get(dtype, {}).get(workload) if system == "greenroom" else None
         rows.append(row)
     return rows, starts
 
 
-def _show(number: int, system: str, dtype: str, workload: str, row: dict[str, float]) -> None:
+def _show(system: str, dtype: str, workload: str, row: dict[str, float]) -> None:
     print(
-        f"{number} {system} {dtype} {workload} {row['tokens_per_s']:.1f} tokens/s, first {row['ttft_s']:.3f} s",
+        f"{system} {dtype} {workload} {row['tokens_per_s']:.1f} tokens/s, first {row['ttft_s']:.3f} s",
         flush=True,
     )
 
@@ -206,7 +225,8 @@ def main() -> None:
         weights: {name: floor_s(name, weights, limits) for name in options.workloads if name in BATCH}
         for weights in options.weights
     }
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "")
+    words = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in words if "model name" in line), "")
     result = {
         "machine": {"cpu": cpu, "threads": options.threads, "python": platform.python_version()},
         "command": "python benchmarks/engine.py" + (" --peers FOLDER" if options.peers else ""),

@@ -39,9 +39,9 @@ from training.peft_adapter import read_adapter
 PROMPT_TOKENS = NEW_TOKENS = 64
 NUM_ADAPTERS = 16
 TOPICS = (
-    "rivers copper bread lighthouses sorting moons violins volcanoes taxes bees submarines Rome gardens railways "
-    "vaccines chess"
-).split()
+    *("rivers", "copper", "bread", "lighthouses", "sorting", "moons", "violins", "volcanoes"),
+    *("taxes", "bees", "submarines", "Rome", "gardens", "railways", "vaccines", "chess"),
+)
 PLAIN = {  # name -> which adapter each of the sequences uses
     "W1": [0],
     "W2": [0] * 8,
