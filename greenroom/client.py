@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
     from typing import Self, Unpack
 
-    from greenroom.results import Answer, Description, Routing, StreamEvent
+    from greenroom.options import GenerateOptions, LocateOptions, Prompt, RouteOptions
+    from greenroom.results import Answer, Description, Routing, Score, StreamEvent
 
 HEALTH_TIMEOUT_S = 5.0
 SERVICE_NAME = "greenroom.v1.Greenroom"
@@ -56,28 +57,28 @@ class Client:
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def generate(
-        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+        self, prompt: Prompt, /, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Answer:
         """The whole answer to one prompt.
 
         Args:
-            text: the input, or the whole prompt with `raw=True`.
+            prompt: the input, or the whole prompt with `raw=True`, or a chat; see `greenroom.options.Prompt`.
             timeout_s: seconds for this call; None takes the client's.
-            **options: see `greenroom.wire.GenerateOptions`.
+            **options: see `greenroom.options.GenerateOptions`.
 
         Raises:
             GreenroomClientError: one class per gRPC status, see `greenroom.client_errors`.
         """
-        return wire.answer(self.stream(text, timeout_s=timeout_s, **options))
+        return wire.answer(self.stream(prompt, timeout_s=timeout_s, **options))
 
     def stream(
-        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+        self, prompt: Prompt, /, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generator[StreamEvent, None, None]:
         """The answer as it comes: one `Routing`, then `Delta`s, then one `Done`; arguments as for `generate`.
 
         Closing the iterator early (`contextlib.closing`, or dropping it) cancels the request on the server.
         """
-        request = wire.generate_request(text, options)
+        request = wire.generate_request(prompt, options)
         with translated():
             call = self._stub.Generate(request, **self._settings.arguments(timeout_s))
             try:
@@ -86,11 +87,23 @@ class Client:
             finally:
                 call.cancel()
 
-    def locate(
-        self, text: str, /, *, raw: bool = False, request_id: str = "", timeout_s: float | None = None
-    ) -> Routing:
-        """Which task would answer `text`; loads no expert and generates nothing."""
-        request = wire.locate_request(text, raw=raw, request_id=request_id)
+    def score(
+        self,
+        prompt: Prompt,
+        continuation: str,
+        /,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[RouteOptions],
+    ) -> Score:
+        """How likely the answer `continuation` is; generates nothing."""
+        request = wire.score_request(prompt, continuation, options)
+        with translated():
+            return wire.score(self._stub.Score(request, **self._settings.arguments(timeout_s)))
+
+    def locate(self, prompt: Prompt, /, *, timeout_s: float | None = None, **options: Unpack[LocateOptions]) -> Routing:
+        """Which task would answer `prompt`; loads no expert and generates nothing."""
+        request = wire.locate_request(prompt, options)
         with translated():
             return wire.routing(self._stub.Locate(request, **self._settings.arguments(timeout_s)).routing)
 
@@ -130,16 +143,16 @@ class AsyncClient:
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     async def generate(
-        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+        self, prompt: Prompt, /, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Answer:
         """As `Client.generate`."""
-        return wire.answer([item async for item in self.stream(text, timeout_s=timeout_s, **options)])
+        return wire.answer([item async for item in self.stream(prompt, timeout_s=timeout_s, **options)])
 
     async def stream(
-        self, text: str, /, *, timeout_s: float | None = None, **options: Unpack[wire.GenerateOptions]
+        self, prompt: Prompt, /, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[StreamEvent, None]:
         """As `Client.stream`; close it early with `contextlib.aclosing`."""
-        request = wire.generate_request(text, options)
+        request = wire.generate_request(prompt, options)
         with translated():
             call = self._stub.Generate(request, **self._settings.arguments(timeout_s))
             try:
@@ -148,11 +161,25 @@ class AsyncClient:
             finally:
                 call.cancel()
 
+    async def score(
+        self,
+        prompt: Prompt,
+        continuation: str,
+        /,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[RouteOptions],
+    ) -> Score:
+        """As `Client.score`."""
+        request = wire.score_request(prompt, continuation, options)
+        with translated():
+            return wire.score(await self._stub.Score(request, **self._settings.arguments(timeout_s)))
+
     async def locate(
-        self, text: str, /, *, raw: bool = False, request_id: str = "", timeout_s: float | None = None
+        self, prompt: Prompt, /, *, timeout_s: float | None = None, **options: Unpack[LocateOptions]
     ) -> Routing:
         """As `Client.locate`."""
-        request = wire.locate_request(text, raw=raw, request_id=request_id)
+        request = wire.locate_request(prompt, options)
         with translated():
             return wire.routing((await self._stub.Locate(request, **self._settings.arguments(timeout_s))).routing)
 

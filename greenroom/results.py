@@ -7,10 +7,11 @@ Bytes and seconds are in the names; scores have no unit, lower is nearer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-How = Literal["located", "pinned", "abstained", "base"]
+How = Literal["located", "pinned", "abstained", "base", "defaulted"]
 Source = Literal["host", "disk"]
 FinishReason = Literal["stop", "length"]
 
@@ -50,7 +51,8 @@ class Routing:
 
     Args:
         task: None where the plain base model answers.
-        how: "located", "pinned" (by the caller), "abstained" (no task is near enough), "base" (asked for, or no task).
+        how: "located", "pinned" (by the caller), "abstained" (no task is near enough), "base" (asked for, or no task),
+            "defaulted" (no task is near enough, so the caller's default).
         margin: score of the second-best task minus that of the best; 0 where fewer than two were scored.
         scores: every task, best first; empty where no locator ran.
         generation: generation of the repertoire.
@@ -115,16 +117,26 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """How much each expert (by digest) and group of one layer had to say, on average over the tokens of the answer."""
+
+    layer: int
+    experts: Mapping[str, float]
+    groups: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Done:
     """The end of an answer: "stop" (end token, stop string, constraint fulfilled) or "length" (max_tokens or context).
 
-    `other_finish_reasons` are those of the choices after the first.
+    `other_finish_reasons` are those of the choices after the first; `explanation` is empty unless it was asked for.
     """
 
     finish_reason: FinishReason
     usage: Usage
     request_id: str
     other_finish_reasons: tuple[FinishReason, ...] = ()
+    explanation: tuple[LayerWeights, ...] = ()
 
 
 StreamEvent = Routing | Delta | Done
@@ -148,6 +160,7 @@ class Answer:
     routing: Routing
     usage: Usage
     request_id: str
+    explanation: tuple[LayerWeights, ...] = ()
 
     @property
     def text(self) -> str:
@@ -163,6 +176,25 @@ class Answer:
     def finish_reason(self) -> FinishReason:
         """Of the first choice."""
         return self.choices[0].finish_reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How likely the model finds a given answer.
+
+    Args:
+        routing: who scores.
+        tokens: of the answer, each with its log-probability after all before it.
+        logprob: sum of their log-probabilities.
+        usage: what it took; `prompt_tokens` counts the answer too.
+        explanation: of every layer with experts, where it was asked for.
+    """
+
+    routing: Routing
+    tokens: tuple[Alternative, ...]
+    logprob: float
+    usage: Usage
+    explanation: tuple[LayerWeights, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

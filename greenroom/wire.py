@@ -7,12 +7,13 @@ Read first: an option that is left out is left out on the wire too, so the serve
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from greenroom import results
 from greenroom.client_errors import FieldViolation, InternalError, InvalidRequestError
+from greenroom.options import GenerateOptions, LocateOptions, Prompt, RouteOptions
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
 
 if TYPE_CHECKING:
@@ -25,65 +26,29 @@ _HOW: dict[int, results.How] = {
     pb.HOW_PINNED: "pinned",
     pb.HOW_ABSTAINED: "abstained",
     pb.HOW_BASE: "base",
+    pb.HOW_DEFAULTED: "defaulted",
 }
+_ROLE = {"system": pb.ROLE_SYSTEM, "user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
+_ROUTE = ("task", "base_only", "abstain_fails", "default_task", "explain", "request_id", "priority", "tenant")
 _SOURCE: dict[int, results.Source] = {pb.SOURCE_HOST: "host", pb.SOURCE_DISK: "disk"}
 _FINISH: dict[int, results.FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
-class GenerateOptions(TypedDict, total=False):
-    """Options of `generate` and `stream`; what is left out is the server's default.
-
-    task: pin this task; base_only: the plain base model; raw: the text is the whole prompt, without template.
-    max_tokens, temperature (0 is greedy), top_p, top_k (0 is all), min_p, repetition_penalty, presence_penalty,
-    frequency_penalty, seed, stop (strings), ignore_eos: sampling.
-    n: so many answers, see `Answer.choices`; logprobs: with log-probabilities and so many alternatives.
-    json_schema (a schema as text or as a mapping), regex: what the answer may be; one of them.
-    request_id: names the request, [A-Za-z0-9._:-]{1,128}; the server makes one otherwise.
-    """
-
-    task: str | None
-    base_only: bool
-    raw: bool
-    max_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    n: int | None
-    logprobs: int | None
-    json_schema: str | Mapping[str, Any] | None
-    regex: str | None
-    stop: Sequence[str]
-    ignore_eos: bool
-    request_id: str
-
-
-def generate_request(text: str, options: GenerateOptions) -> pb.GenerateRequest:
+def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     """The message for one prompt.
 
     Raises:
-        InvalidRequestError: an option that the wire cannot carry, or both `task` and `base_only`.
+        InvalidRequestError: an option that the wire cannot carry, or two that exclude each other.
         TypeError: an option that does not exist.
     """
-    unknown = options.keys() - GenerateOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    if options.get("base_only") and options.get("task") is not None:
-        raise _refused("task", "cannot be pinned together with base_only")
+    _check_known(options, GenerateOptions)
+    message = pb.GenerateRequest()
+    _fill(message, prompt, options)
     if isinstance(options.get("stop"), str):
         raise _refused("sampling.stop", "a sequence of strings, not one string")
-    message = pb.GenerateRequest()
-    _assign(message, "raw_prompt" if options.get("raw") else "input", text)
-    _assign(message, "request_id", options.get("request_id"))
-    _assign(message, "task", options.get("task"))
-    _assign(message, "base_only", options.get("base_only") or None)
-    sampling = pb.Sampling()
     if options.get("json_schema") is not None and options.get("regex") is not None:
         raise _refused("sampling.regex", "excludes json_schema")
+    sampling = pb.Sampling()
     for name in pb.Sampling.DESCRIPTOR.fields_by_name:
         value = options.get(name)
         if name == "json_schema" and value is not None and not isinstance(value, str):
@@ -94,12 +59,53 @@ def generate_request(text: str, options: GenerateOptions) -> pb.GenerateRequest:
     return message
 
 
-def locate_request(text: str, *, raw: bool, request_id: str) -> pb.LocateRequest:
-    """The message that asks where one prompt belongs."""
-    message = pb.LocateRequest()
-    _assign(message, "raw_prompt" if raw else "input", text)
-    _assign(message, "request_id", request_id)
+def score_request(prompt: Prompt, continuation: str, options: RouteOptions) -> pb.ScoreRequest:
+    """The message that asks how likely an answer is; errors as in `generate_request`."""
+    _check_known(options, RouteOptions)
+    message = pb.ScoreRequest()
+    _fill(message, prompt, options)
+    _assign(message, "continuation", continuation)
     return message
+
+
+def locate_request(prompt: Prompt, options: LocateOptions) -> pb.LocateRequest:
+    """The message that asks where one prompt belongs; errors as in `generate_request`."""
+    _check_known(options, LocateOptions)
+    message = pb.LocateRequest()
+    _fill(message, prompt, options)
+    return message
+
+
+def _check_known(options: Mapping[str, object], known: Any) -> None:  # noqa: ANN401 - a TypedDict class
+    unknown = options.keys() - known.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+
+
+def _fill(message: Any, prompt: Prompt, options: Mapping[str, Any]) -> None:  # noqa: ANN401 - of several requests
+    """Set what is asked and who answers."""
+    if options.get("base_only") and options.get("task") is not None:
+        raise _refused("task", "cannot be pinned together with base_only")
+    if options.get("abstain_fails") and options.get("default_task") is not None:
+        raise _refused("default_task", "excludes abstain_fails")
+    if isinstance(prompt, str):
+        _assign(message, "raw_prompt" if options.get("raw") else "input", prompt)
+    elif options.get("raw"):
+        raise _refused("raw_prompt", "a chat is not a raw prompt")
+    else:
+        message.chat.SetInParent()
+        for place, turn in enumerate(prompt):
+            if turn.keys() != {"role", "content"} or turn["role"] not in _ROLE:
+                raise _refused(f"chat.messages[{place}]", f"takes content, and a role of {', '.join(_ROLE)}")
+            added = message.chat.messages.add(role=_ROLE[turn["role"]])
+            _assign(added, "content", turn["content"], path=f"chat.messages[{place}].content")
+    if isinstance(options.get("group_mask"), str):
+        raise _refused("group_mask", "a sequence of strings, not one string")
+    for name in ("group_bias", "group_mask"):
+        _assign(message, name, options.get(name))
+    for name in _ROUTE:
+        value = options.get(name)
+        _assign(message, name, None if value is False else value)
 
 
 def event(message: pb.GenerateResponse) -> results.StreamEvent:
@@ -124,8 +130,20 @@ def event(message: pb.GenerateResponse) -> results.StreamEvent:
                 other_finish_reasons=tuple(
                     _known(_FINISH, reason, "other_finish_reasons") for reason in done.other_finish_reasons
                 ),
+                explanation=_explanation(done),
             )
     raise _incomprehensible("an event of unknown kind")
+
+
+def score(message: pb.ScoreResponse) -> results.Score:
+    """How likely an answer is."""
+    return results.Score(
+        routing=routing(message.routing),
+        tokens=tuple(_alternative(item) for item in message.tokens),
+        logprob=message.logprob,
+        usage=_usage(message.usage),
+        explanation=_explanation(message),
+    )
 
 
 def answer(events: Iterable[results.StreamEvent]) -> results.Answer:
@@ -150,7 +168,13 @@ def answer(events: Iterable[results.StreamEvent]) -> results.Answer:
     choices = tuple(
         _choice([delta for delta in deltas if delta.choice == number], reason) for number, reason in enumerate(reasons)
     )
-    return results.Answer(choices=choices, routing=first, usage=last.usage, request_id=last.request_id)
+    return results.Answer(
+        choices=choices,
+        routing=first,
+        usage=last.usage,
+        request_id=last.request_id,
+        explanation=last.explanation,
+    )
 
 
 def routing(message: pb.Routing) -> results.Routing:
@@ -234,6 +258,13 @@ def _as_json(schema: object) -> str:
         raise _refused("sampling.json_schema", f"is not JSON: {error}") from error
 
 
+def _explanation(message: pb.Done | pb.ScoreResponse) -> tuple[results.LayerWeights, ...]:
+    return tuple(
+        results.LayerWeights(layer=item.layer, experts=dict(item.experts), groups=dict(item.groups))
+        for item in message.explanation
+    )
+
+
 def _usage(message: pb.Usage) -> results.Usage:
     return results.Usage(
         prompt_tokens=message.prompt_tokens,
@@ -249,8 +280,10 @@ def _assign(message: Any, name: str, value: object, *, path: str = "") -> None: 
     if value is None:
         return
     try:
-        if name == "stop":
-            message.stop.extend(value)
+        if name in {"stop", "group_mask"}:
+            getattr(message, name).extend(value)
+        elif name == "group_bias":
+            message.group_bias.update(value)
         else:
             setattr(message, name, value)
     except (TypeError, ValueError) as error:

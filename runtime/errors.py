@@ -7,6 +7,7 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |- InvalidInputError              a field of a request or option has a value we cannot take
     |- NotFoundError
     |  |- UnknownTaskError
+    |  |- NoTaskNearError             the locator found no task near enough, and the caller wants nothing else
     |  |- UnknownModelError
     |  `- UnknownBaseError
     |- RepertoireError                what lies on disk is not what it says it is
@@ -84,6 +85,12 @@ class UnknownModelError(NotFoundError):
     """A model, as clients of foreign protocols name it, that is not served, or not in this version."""
 
     reason = "UNKNOWN_MODEL"
+
+
+class NoTaskNearError(NotFoundError):
+    """No task is near enough to a prompt whose caller wants no answer without one."""
+
+    reason = "NO_TASK_NEAR"
 
 
 class UnknownBaseError(NotFoundError):

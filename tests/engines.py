@@ -35,13 +35,18 @@ class Answer:
     events: list[Event] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     began: threading.Event = field(default_factory=threading.Event)
+    on_begin: Callable[[], object] = lambda: None
+    on_end: Callable[[], object] = lambda: None
 
     def sink(self, event: Event) -> None:
         self.events.append(event)
         if isinstance(event, TokenDelta):
             self.began.set()
+        if isinstance(event, Located):
+            self.on_begin()
         if isinstance(event, Finished | Failed):
             self.began.set()
+            self.on_end()
             self.ended.set()
 
     def wait(self) -> Answer:

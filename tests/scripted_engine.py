@@ -108,6 +108,8 @@ class ScriptedEngine:
             self._end(running, Failed(error))
         elif request.locate_only:
             self._finish(running, "located")
+        elif request.continuation is not None:
+            self._finish(running, "scored")
         else:
             first, *rest = request.text.split(" ")
             sink(_spoken(request, first, 0))
@@ -177,9 +179,11 @@ class ScriptedEngine:
     def _finish(self, running: Running, reason: str) -> None:
         num_tokens = len(running.request.text.split(" "))
         usage = Usage(prompt_tokens=7, completion_tokens=num_tokens, queue_s=0.5, first_token_s=0.75, total_s=2.5)
+        words = (running.request.continuation or "").split()
+        scored = tuple(Alternative(number, word, -0.5) for number, word in enumerate(words))
         explanation = (LayerWeights(layer=2, experts={DIGEST: 0.75}, groups={}),) if running.request.explain else ()
         others = (reason,) * (running.request.sampling.n - 1)
-        end = Finished(reason=reason, usage=usage, other_reasons=others, explanation=explanation)  # type: ignore[arg-type]
+        end = Finished(reason=reason, usage=usage, other_reasons=others, explanation=explanation, scored=scored)  # type: ignore[arg-type]
         self._end(running, end)
 
     def _end(self, running: Running, event: Finished | Failed) -> None:

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 import greenroom
 from greenroom import Delta, Done, Routing, Usage, wire
 from greenroom.client_errors import FieldViolation, client_error, translated
+from greenroom.options import GenerateOptions
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
 
 ROUTING = Routing(task=None, how="base", margin=0.0, scores=(), generation=1, experts=(), request_id="r")
@@ -102,7 +103,7 @@ def test_an_error_is_raised_from_what_grpc_raised() -> None:
 
 
 def test_options_left_out_are_not_sent() -> None:
-    empty: wire.GenerateOptions = {
+    empty: GenerateOptions = {
         "task": None,
         "base_only": False,
         "raw": False,
@@ -122,7 +123,9 @@ def test_zero_is_sent_where_zero_means_something() -> None:
 
 def test_raw_text_is_a_raw_prompt() -> None:
     assert wire.generate_request("x", {"raw": True}) == pb.GenerateRequest(raw_prompt="x")
-    assert wire.locate_request("x", raw=True, request_id="r") == pb.LocateRequest(raw_prompt="x", request_id="r")
+    assert wire.locate_request("x", {"raw": True, "request_id": "r"}) == pb.LocateRequest(
+        raw_prompt="x", request_id="r"
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,10 @@ def test_raw_text_is_a_raw_prompt() -> None:
     [
         ("task", {"task": "a", "base_only": True}),
         ("task", {"task": 3}),
+        ("default_task", {"default_task": "a", "abstain_fails": True}),
+        ("priority", {"priority": "high"}),
+        ("group_bias", {"group_bias": {"left": "much"}}),
+        ("group_mask", {"group_mask": "left"}),
         ("sampling.max_tokens", {"max_tokens": 2**31}),
         ("sampling.max_tokens", {"max_tokens": 1.5}),
         ("sampling.seed", {"seed": 2**63}),
@@ -140,11 +147,34 @@ def test_raw_text_is_a_raw_prompt() -> None:
         ("sampling.json_schema", {"json_schema": {"type": {1, 2}}}),
     ],
 )
-def test_what_the_wire_cannot_carry_is_refused_by_its_field(field: str, options: wire.GenerateOptions) -> None:
+def test_what_the_wire_cannot_carry_is_refused_by_its_field(field: str, options: GenerateOptions) -> None:
     with pytest.raises(greenroom.InvalidRequestError) as caught:
         wire.generate_request("x", options)
     assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert [violation.field for violation in caught.value.field_violations] == [field]
+
+
+@pytest.mark.parametrize(
+    ("field", "chat", "raw"),
+    [
+        ("chat.messages[0]", [{"role": "robot", "content": "x"}], False),
+        ("chat.messages[0]", [{"role": "user"}], False),
+        ("chat.messages[1]", [{"role": "user", "content": "x"}, {"role": "user", "content": "x", "name": "me"}], False),
+        ("chat.messages[0].content", [{"role": "user", "content": 3}], False),
+        ("raw_prompt", [{"role": "user", "content": "x"}], True),
+    ],
+)
+def test_a_chat_that_is_none_is_refused_by_its_field(field: str, chat: list[dict[str, str]], raw: bool) -> None:
+    with pytest.raises(greenroom.InvalidRequestError) as caught:
+        wire.generate_request(chat, {"raw": raw})
+    assert [violation.field for violation in caught.value.field_violations] == [field]
+
+
+def test_options_of_another_call_are_type_errors() -> None:
+    with pytest.raises(TypeError, match="max_tokens"):
+        wire.score_request("x", "y", {"max_tokens": 3})  # type: ignore[typeddict-unknown-key]
+    with pytest.raises(TypeError, match="task"):
+        wire.locate_request("x", {"task": "a"})  # type: ignore[typeddict-unknown-key]
 
 
 def test_text_that_is_not_unicode_is_refused() -> None:

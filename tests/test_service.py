@@ -23,11 +23,13 @@ from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
 from greenroom.pb.greenroom.v1 import greenroom_pb2_grpc
 from runtime import errors
 from runtime.engine.request import Request, SamplingParams
+from runtime.model.turns import Message
 from runtime.service.convert import MAX_PROMPT_CHARS
 
 WIRE_ERRORS = [
     (errors.InvalidInputError("text", "x", "9 tokens too long"), greenroom.InvalidRequestError, "INVALID_FIELD"),
     (errors.UnknownTaskError("no task of this name"), greenroom.NotFoundError, "UNKNOWN_TASK"),
+    (errors.NoTaskNearError("none is near"), greenroom.NotFoundError, "NO_TASK_NEAR"),
     (errors.DigestMismatchError("/srv/blob"), greenroom.FailedPreconditionError, "DIGEST_MISMATCH"),
     (errors.QueueFullError("full"), greenroom.ExhaustedError, "QUEUE_FULL"),
     (errors.BudgetError("too small"), greenroom.ExhaustedError, "BUDGET_TOO_SMALL"),
@@ -151,6 +153,69 @@ def test_options_left_out_are_the_engines_defaults(client: Client, engine: Scrip
     assert engine.requests == [Request(request_id=answer.request_id, text="text")]
 
 
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+]
+
+
+def test_routing_options_reach_the_engine_from_every_call(client: Client, engine: ScriptedEngine) -> None:
+    options = {"default_task": "dates", "priority": -3, "tenant": "acme"}
+    client.generate(CHAT, **options)
+    client.score(CHAT, "four five", **options)
+    client.locate(CHAT, priority=-3, tenant="acme")
+    generate, score, locate = engine.requests
+    for request in engine.requests:
+        assert request.messages == tuple(Message(turn["role"], turn["content"]) for turn in CHAT)
+        assert (request.text, request.raw, request.priority, request.tenant) == ("", False, -3, "acme")
+    assert (generate.default_task, score.default_task, score.continuation) == ("dates", "dates", "four five")
+    assert locate.locate_only
+    assert all(not request.group_bias and not request.group_mask for request in engine.requests)
+    client.score("text", "x", task="orders")
+    client.score("text", "x", base_only=True, raw=True)
+    client.generate("text", abstain_fails=True)
+    pinned, base, failing = engine.requests[3:]
+    assert (pinned.task, base.base_only, base.raw, failing.abstain_fails) == ("orders", True, True, True)
+
+
+def test_groups_and_explanations_go_both_ways(client: Client, engine: ScriptedEngine) -> None:
+    options = {"group_bias": {"left": 1.5, "right": -2.0}, "group_mask": ["up"], "explain": True}
+    explained = (greenroom.LayerWeights(layer=2, experts={DIGEST: 0.75}, groups={}),)
+    assert client.generate("text", **options).explanation == explained
+    assert client.score("text", "x", **options).explanation == explained
+    for request in engine.requests:
+        assert request.group_bias == {"left": 1.5, "right": -2.0}
+        assert (request.group_mask, request.explain) == (frozenset({"up"}), True)
+    assert client.generate("text").explanation == ()
+
+
+def test_a_score_has_all_that_the_engine_said(client: Client) -> None:
+    score = client.score("text", "two words", request_id="r1")
+    assert score.tokens == (greenroom.Alternative(0, "two", -0.5), greenroom.Alternative(1, "words", -0.5))
+    assert (score.logprob, score.routing.task, score.routing.request_id) == (-1.0, "orders", "r1")
+    assert score.usage.prompt_tokens == 7
+
+
+def test_a_bad_score_is_refused_by_its_field(client: Client, engine: ScriptedEngine) -> None:
+    for continuation in ("", "x" * (MAX_PROMPT_CHARS + 1)):
+        with pytest.raises(greenroom.InvalidRequestError) as caught:
+            client.score("text", continuation)
+        assert [violation.field for violation in caught.value.field_violations] == ["continuation"]
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(("error", "kind", "reason"), WIRE_ERRORS, ids=list(REFUSALS))
+@pytest.mark.parametrize("verb", ["refuse", "fail"])
+def test_scoring_gives_each_error_of_the_engine_as_its_own(
+    client: Client, verb: str, error: Exception, kind: type[greenroom.GreenroomClientError], reason: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        client.score(f"{verb} {type(error).__name__}", "x")
+    assert caught.value.reason == reason
+
+
 def test_base_only_reaches_the_engine_and_names_no_task(client: Client, engine: ScriptedEngine) -> None:
     routing = client.generate("text", base_only=True).routing
     assert engine.requests[0].base_only
@@ -171,6 +236,16 @@ def test_describe_says_what_is_served(client: Client, engine: ScriptedEngine) ->
 
 
 BAD_OPTIONS = [
+    ("group_bias[left]", {"group_bias": {"left": 101.0}}),
+    ("group_bias[left]", {"group_bias": {"left": float("nan")}}),
+    ("group_bias", {"group_bias": {f"g{n}": 1.0 for n in range(257)}}),
+    ("group_mask", {"group_mask": ["up"], "base_only": True}),
+    ("group_mask", {"group_mask": ["up"] * 257}),
+    ("explain", {"explain": True, "base_only": True}),
+    ("default_task", {"default_task": "../up"}),
+    ("default_task", {"default_task": ""}),
+    ("priority", {"priority": 101}),
+    ("tenant", {"tenant": "Not A Name"}),
     ("task", {"task": "../up"}),
     ("task", {"task": ""}),
     ("request_id", {"request_id": "no spaces"}),
@@ -225,8 +300,28 @@ def test_a_bad_prompt_is_refused_by_the_field_that_carried_it(client: Client, ra
         (pb.GenerateRequest(), "input"),
         (pb.GenerateRequest.FromString(b"\x0a\x01x" + b"\xa0\x06\x01"), "100"),
         (pb.GenerateRequest.FromString(b"\x0a\x01x" + b"\x2a\x03\xa0\x06\x01"), "sampling.100"),
+        (pb.GenerateRequest(chat=pb.Chat()), "chat.messages"),
+        (pb.GenerateRequest(chat={"messages": [{"content": "x"}]}), "chat.messages[0].role"),
+        (pb.GenerateRequest(chat={"messages": [{"role": 99, "content": "x"}]}), "chat.messages[0].role"),
+        (pb.GenerateRequest(chat={"messages": [{"role": 2, "content": ""}]}), "chat.messages[0].content"),
+        (pb.GenerateRequest(chat={"messages": [{"role": 3, "content": "x"}]}), "chat.messages[0].role"),
+        (pb.GenerateRequest(chat={"messages": [{"role": 2, "content": "x"}] * 257}), "chat.messages"),
+        (pb.GenerateRequest(chat={"messages": [{"role": 2, "content": "x" * 400_000}] * 3}), "chat.messages"),
+        (pb.GenerateRequest.FromString(b"\x3a\x05\x0a\x03\xa0\x06\x01"), "chat.messages[0].100"),
     ],
-    ids=["no prompt", "unknown field", "unknown sampling field"],
+    ids=[
+        "no prompt",
+        "unknown field",
+        "unknown sampling field",
+        "no messages",
+        "no role",
+        "unknown role",
+        "empty message",
+        "assistant last",
+        "many messages",
+        "long messages",
+        "unknown field in a message",
+    ],
 )
 def test_what_our_client_never_sends_is_refused_too(
     stub: greenroom_pb2_grpc.GreenroomStub, message: pb.GenerateRequest, field: str
@@ -342,12 +437,14 @@ def test_the_async_client_says_the_same_as_the_blocking_one(serving: Serving, cl
             events = [event async for event in other.stream("one two", request_id="r1")]
             answer = await other.generate("one two", request_id="r1")
             located = await other.locate("x", request_id="r1")
-            return [events, answer, located, await other.describe(), await other.health()]
+            score = await other.score("x", "y z", request_id="r1")
+            return [events, answer, located, score, await other.describe(), await other.health()]
 
     assert asyncio.run(ask()) == [
         list(client.stream("one two", request_id="r1")),
         client.generate("one two", request_id="r1"),
         client.locate("x", request_id="r1"),
+        client.score("x", "y z", request_id="r1"),
         client.describe(),
         client.health(),
     ]

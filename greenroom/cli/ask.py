@@ -18,8 +18,9 @@ from greenroom.cli.answer_view import Outcome, print_json, print_outcome, print_
 from greenroom.cli.error_line import exit_code
 from greenroom.client import AsyncClient
 from greenroom.client_errors import GreenroomClientError
+from greenroom.options import GenerateOptions, Prompt
 from greenroom.results import Answer, Delta, StreamEvent
-from greenroom.wire import GenerateOptions, answer
+from greenroom.wire import answer
 from runtime.errors import InvalidInputError
 
 Show = Callable[[str, Outcome], None]
@@ -31,6 +32,16 @@ def ask(
     server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
     task: Annotated[str | None, typer.Option(help="Pin this task instead of letting the locator decide.")] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Answer with the plain base model.")] = False,
+    abstain_fails: Annotated[bool, typer.Option("--abstain-fails", help="No answer where no task is near.")] = False,
+    default_task: Annotated[str | None, typer.Option(help="The task that answers where none is near.")] = None,
+    group_bias: Annotated[
+        list[str] | None, typer.Option(help="GROUP=NUMBER, added to the group's logit; may be repeated.")
+    ] = None,
+    group_mask: Annotated[list[str] | None, typer.Option(help="A group without weight; may be repeated.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Weights of experts per layer; see --json.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system message before each prompt.")] = None,
+    priority: Annotated[int, typer.Option(help="Lower goes first, -100 to 100.")] = 0,
+    tenant: Annotated[str, typer.Option(help="In whose name.")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Prompts are whole prompts; no template.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="New tokens at most. By default: the server's.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. By default: the server's.")] = None,
@@ -62,6 +73,13 @@ def ask(
     options: GenerateOptions = {
         "task": task,
         "base_only": base_only,
+        "abstain_fails": abstain_fails,
+        "default_task": default_task,
+        "group_bias": dict(_bias(text) for text in group_bias or ()),
+        "group_mask": group_mask or (),
+        "explain": explain,
+        "priority": priority,
+        "tenant": tenant,
         "raw": raw,
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -80,7 +98,8 @@ def ask(
     }
     streaming = single if stream is None else stream
     show = print_json if as_json else print_outcome
-    outcomes = asyncio.run(_ask_all(server, timeout, prompts, options, None if streaming else show))
+    asked = [(prompt, _with_system(system, prompt)) for prompt in prompts]
+    outcomes = asyncio.run(_ask_all(server, timeout, asked, options, None if streaming else show))
     answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
     if answers and not as_json:
         print_summary(answers)
@@ -89,16 +108,30 @@ def ask(
         raise typer.Exit(exit_code(failures[0]))
 
 
+def _bias(text: str) -> tuple[str, float]:
+    group, _, number = text.partition("=")
+    try:
+        return group, float(number)
+    except ValueError as error:
+        raise InvalidInputError("group-bias", text, "is GROUP=NUMBER") from error
+
+
+def _with_system(system: str | None, prompt: str) -> Prompt:
+    if system is None:
+        return prompt
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
 async def _ask_all(
-    server: str, timeout_s: float, prompts: list[str], options: GenerateOptions, show: Show | None
+    server: str, timeout_s: float, asked: list[tuple[str, Prompt]], options: GenerateOptions, show: Show | None
 ) -> list[Outcome]:
     """Every prompt's outcome, in order; each is shown as soon as it and those before it are there."""
     async with AsyncClient(server, timeout_s=timeout_s) as client:
         if show is None:
-            return [await _streamed(client, prompts[0], options)]
-        tasks = [asyncio.create_task(_outcome(client.generate(prompt, **options))) for prompt in prompts]
-        for prompt, task in zip(prompts, tasks, strict=True):
-            show(prompt, await task)
+            return [await _streamed(client, *asked[0], options)]
+        tasks = [asyncio.create_task(_outcome(client.generate(prompt, **options))) for _, prompt in asked]
+        for (shown, _), task in zip(asked, tasks, strict=True):
+            show(shown, await task)
         return [task.result() for task in tasks]
 
 
@@ -109,7 +142,7 @@ async def _outcome(answering: Coroutine[Any, Any, Answer]) -> Outcome:
         return error
 
 
-async def _streamed(client: AsyncClient, prompt: str, options: GenerateOptions) -> Outcome:
+async def _streamed(client: AsyncClient, shown: str, prompt: Prompt, options: GenerateOptions) -> Outcome:
     """One prompt's outcome, printed while it comes."""
     events: list[StreamEvent] = []
     try:
@@ -121,5 +154,5 @@ async def _streamed(client: AsyncClient, prompt: str, options: GenerateOptions) 
         typer.echo()
         return answer(events)
     except GreenroomClientError as error:
-        print_outcome(prompt, error)
+        print_outcome(shown, error)
         return error

@@ -15,7 +15,7 @@ from runtime.engine.request import SamplingParams
 from runtime.errors import GreenroomError, InvalidInputError, UnknownTaskError
 
 Content = dict[str, Any]
-How = Literal["located", "pinned", "abstained", "base"]
+How = Literal["located", "pinned", "abstained", "base", "defaulted"]
 ADDED_FIELDS = ("answer", "routing", "usage")
 LOCATE_ROWS = 256
 """Rows located together."""

@@ -16,6 +16,7 @@ from runtime.engine.kv import KVCache
 from runtime.engine.request import Request
 from runtime.engine.sequence import Sequence, Sink
 from runtime.errors import DeadlineError, InvalidInputError
+from runtime.model.chat import encode_chat
 from runtime.model.generation import Generation
 
 
@@ -55,18 +56,23 @@ class Arrival:
             BudgetError, DeadlineError.
         """
         check_direction(request, generation)
+        if request.default_task is not None:
+            generation.mixture(request.default_task)
         num_choices = request.sampling.n
         if num_choices > self._max_choices:
             raise InvalidInputError("n", num_choices, f"at most {self._max_choices} sequences run at once")
-        prompt = generation.template.encode(self._tokenizer, request.text, raw=request.raw)
-        if not prompt:
-            raise InvalidInputError("input", request.text, "the prompt has no tokens")
+        context = self._context(request, generation)
+        prompt = context
+        if request.continuation is not None:
+            prompt = [*context, *generation.template.encode_part(self._tokenizer, request.continuation, plain=True)]
+            if prompt == context:
+                raise InvalidInputError("continuation", request.continuation, "has no tokens")
         room = self._max_context - len(prompt)
-        if room < 1:
+        if room < (request.continuation is None):
             raise InvalidInputError(
                 "input", request.text, f"{len(prompt)} prompt tokens; the context of {self._max_context} must leave one"
             )
-        max_tokens = min(request.sampling.max_tokens, room)
+        max_tokens = min(request.sampling.max_tokens, room) if request.continuation is None else 0
         self._cache.check_fits((len(prompt) + max_tokens) * num_choices)
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineError("the deadline has passed before the request could start")
@@ -81,7 +87,17 @@ class Arrival:
                 tokenizer=self._tokenizer.backend_tokenizer,
                 matcher=self._grammars.matcher(request.sampling),
                 leader=leader,
+                num_context=len(context),
             )
             leader = leader or sequence
         assert leader is not None, "there is at least one choice"
         return leader
+
+    def _context(self, request: Request, generation: Generation) -> list[int]:
+        if request.messages:
+            context = encode_chat(generation.template, self._tokenizer, request.messages)
+        else:
+            context = generation.template.encode(self._tokenizer, request.text, raw=request.raw)
+        if not context:
+            raise InvalidInputError("input", request.text, "the prompt has no tokens")
+        return context

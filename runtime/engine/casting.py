@@ -16,7 +16,7 @@ import torch
 from runtime.engine.direction import directed, settled
 from runtime.engine.located import located
 from runtime.engine.sequence import Phase, Sequence
-from runtime.errors import GreenroomError, InvalidInputError
+from runtime.errors import GreenroomError, InvalidInputError, NoTaskNearError
 from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
 from runtime.model.locator import pool
@@ -82,7 +82,10 @@ class Casting:
         if task is None and not request.base_only:
             feature = pool(self._seen(sequence)).unsqueeze(0).cpu()
             sequence.decision = sequence.generation.locator.locate(feature)[0]
-            task = sequence.decision.task
+            task = sequence.decision.task or request.default_task
+            if task is None and request.abstain_fails:
+                sequence.fail(NoTaskNearError("no task is near enough to the prompt"))
+                return
         if sequence.guess is not None and sequence.guessed_task != task:
             sequence.guess.cancel()
         self._fix(sequence, task)
@@ -91,11 +94,12 @@ class Casting:
             sequence.finish("located")
 
     def _seen(self, sequence: Sequence) -> torch.Tensor:
-        """The residual stream [T, D] where the locator reads it."""
+        """The residual stream [T, D] of the context, where the locator reads it."""
         if sequence.generation.manifest.locator.layer == 0:
-            return self._embed(sequence.prompt)
-        assert sequence.residual is not None, "the residual stream is kept between two ranges"
-        return sequence.residual
+            return self._embed(sequence.prompt[: sequence.num_context])
+        residual = sequence.context_residual
+        assert residual is not None, "the residual stream is kept between two ranges"
+        return residual
 
     def stage(self, sequence: Sequence) -> bool:
         """Reserve the experts of a sequence that awaits them; True once they are reserved, and are being read."""
@@ -154,7 +158,7 @@ class Casting:
         if task is not None:
             sequence.mixture = sequence.generation.mixtures[task]
         try:
-            sequence.mixture = settled(directed(sequence.request, sequence.mixture), sequence.residual)
+            sequence.mixture = settled(directed(sequence.request, sequence.mixture), sequence.context_residual)
         except InvalidInputError as error:
             sequence.fail(error)
         else:

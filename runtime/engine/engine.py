@@ -166,7 +166,7 @@ class Engine:
             for choice in sequence.choices:
                 choice.on_end = self._give_back
             if self._options.prefetch:
-                ids = torch.tensor(sequence.prompt, device=self._model.device)
+                ids = torch.tensor(sequence.prompt[: sequence.num_context], device=self._model.device)
                 self._casting.guess(sequence, self._model.embed(ids))
             self._take(sequence)
         except BaseException:

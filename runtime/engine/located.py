@@ -6,9 +6,7 @@ Read first: what was read for this sequence is known only when its reservation i
 
 from __future__ import annotations
 
-from typing import Literal
-
-from runtime.engine.request import ExpertUse, Located, TaskScore
+from runtime.engine.request import ExpertUse, How, Located, TaskScore
 from runtime.engine.sequence import Sequence
 
 
@@ -44,9 +42,11 @@ def _uses(sequence: Sequence) -> tuple[ExpertUse, ...]:
     return tuple(uses)
 
 
-def _how(sequence: Sequence) -> Literal["located", "pinned", "abstained", "base"]:
+def _how(sequence: Sequence) -> How:
     if sequence.request.task is not None:
         return "pinned"
-    if sequence.decision is None or not sequence.decision.scores:
+    if sequence.decision is None or (not sequence.decision.scores and sequence.mixture is None):
         return "base"
-    return "abstained" if sequence.decision.task is None else "located"
+    if sequence.decision.task is not None:
+        return "located"
+    return "abstained" if sequence.mixture is None else "defaulted"

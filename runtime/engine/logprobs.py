@@ -23,6 +23,13 @@ def token_logprob(logits: torch.Tensor, token: int, num_top: int, tokenizer: Tok
     return TokenLogprob(Alternative(token, token_text(tokenizer, token), float(logprobs[token])), top)
 
 
+def continuation_logprobs(logits: torch.Tensor, tokens: list[int]) -> list[float]:
+    """`log softmax(logits[t])[tokens[t]]` for logits [T, V] float32 and T tokens."""
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1))[:, 0]
+    values: list[float] = (chosen - logits.logsumexp(1)).tolist()
+    return values
+
+
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """One token's own text; bytes that are no whole character show as the replacement character."""
     text: str = tokenizer.decode([token], skip_special_tokens=False)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from runtime.errors import GreenroomError, InvalidInputError
+from runtime.model.turns import Message, check_chat
 
 MAX_STOP_STRINGS = 8
 MAX_STOP_LENGTH = 256
 MAX_SEED = 2**63 - 1
 MAX_CHOICES = 16
+MAX_PRIORITY = 100
 MAX_TOP_LOGPROBS = 20
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 4_096
@@ -118,11 +120,17 @@ class Request:
         request_id: unique among the requests in flight.
         text: the input; wrapped in the repertoire's prompt template unless `raw`.
         raw: take `text` as the whole prompt.
+        messages: a chat instead of `text`; see `runtime.model.turns`.
         task: pin this task; None lets the locator decide.
         base_only: answer with the plain base model, no locator; excludes `task`.
         locate_only: end after `Located`; no token is generated.
+        continuation: score this text as the answer instead of generating one; see `Finished.scored`.
+        abstain_fails: where no task is near enough, fail with NoTaskNearError instead of answering by the base.
+        default_task: where no task is near enough, this one answers; excludes `abstain_fails`.
         sampling: see `SamplingParams`.
         deadline: absolute, on the clock of `time.monotonic()`; None waits for ever.
+        priority: of waiting requests those with the lowest are tried first, -100..100; none waits for ever.
+        tenant: in whose name; the policy "fair" tries the tenant with the fewest running sequences first.
         keep_logits: return the logits of every generated token in `Finished` (proofs and tests).
         group_bias: group -> what is added to its logit in every layer, -100 to 100; of a task with a grouped router.
         group_mask: groups that get no weight at all.
@@ -130,25 +138,46 @@ class Request:
     """
 
     request_id: str
-    text: str
+    text: str = ""
     raw: bool = False
+    messages: tuple[Message, ...] = ()
     task: str | None = None
     base_only: bool = False
     locate_only: bool = False
+    continuation: str | None = None
+    abstain_fails: bool = False
+    default_task: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     deadline: float | None = None
+    priority: int = 0
+    tenant: str = ""
     keep_logits: bool = False
     group_bias: Mapping[str, float] = field(default_factory=dict)
     group_mask: frozenset[str] = frozenset()
     explain: bool = False
 
     def __post_init__(self) -> None:
-        if not self.text:
-            raise InvalidInputError("text", self.text, "must not be empty")
-        if self.base_only and self.task is not None:
-            raise InvalidInputError("task", self.task, "cannot be pinned together with base_only")
+        self._check_prompt()
+        self._check_route()
         if self.keep_logits and self.sampling.n > 1:
             raise InvalidInputError("keep_logits", self.keep_logits, "is for requests with a single choice")
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise InvalidInputError("priority", self.priority, f"must be within +-{MAX_PRIORITY}")
+
+    def _check_prompt(self) -> None:
+        if not self.text and not self.messages:
+            raise InvalidInputError("text", self.text, "must not be empty")
+        if self.messages and (self.text or self.raw):
+            raise InvalidInputError("messages", len(self.messages), "excludes text and raw")
+        check_chat(self.messages)
+        if self.continuation is not None and not self.continuation:
+            raise InvalidInputError("continuation", self.continuation, "must not be empty")
+
+    def _check_route(self) -> None:
+        if self.base_only and self.task is not None:
+            raise InvalidInputError("task", self.task, "cannot be pinned together with base_only")
+        if self.default_task is not None and self.abstain_fails:
+            raise InvalidInputError("default_task", self.default_task, "excludes abstain_fails")
         if self.base_only or self.locate_only:
             how = "base_only" if self.base_only else "locate_only"
             for name in ("group_bias", "group_mask", "explain"):
@@ -188,13 +217,18 @@ class ExpertUse:
     load_s: float
 
 
+How = Literal["located", "pinned", "defaulted", "abstained", "base"]
+"""By the locator; by the caller; the caller's default, since no task is near enough; none is, so the base answers; the
+base was asked for, or there are no tasks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Located:
     """The mixture of a sequence is decided and its experts are loaded.
 
     Args:
         task: t*, or None for the plain base model.
-        how: "located", "pinned" (by the caller), "abstained" (no task is near enough), "base" (asked for, or no tasks).
+        how: see `How`.
         margin: score of the second-best task minus that of the best, >= 0; 0 where fewer than two tasks were scored.
         scores: all tasks, best first; empty where no locator ran.
         generation: generation of the repertoire.
@@ -202,7 +236,7 @@ class Located:
     """
 
     task: str | None
-    how: Literal["located", "pinned", "abstained", "base"]
+    how: How
     margin: float
     scores: tuple[TaskScore, ...]
     generation: int
@@ -259,7 +293,7 @@ class Usage:
     load_s: float = 0.0
 
 
-FinishReason = Literal["stop", "length", "located"]
+FinishReason = Literal["stop", "length", "located", "scored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,11 +317,12 @@ class Finished:
 
     Args:
         reason: of the first choice: "stop" (end token, stop string, or the constraint is fulfilled), "length"
-            (max_tokens or context), "located" (locate_only).
+            (max_tokens or context), "located" (locate_only), "scored" (continuation).
         other_reasons: of the choices after the first.
         usage: counts and times.
         logits: bytes of float32 [tokens, vocabulary] where `keep_logits` was set, else empty.
         explanation: of every layer with experts where `explain` was set, else empty.
+        scored: the tokens of the continuation, each with its log-probability after all before it.
     """
 
     reason: FinishReason
@@ -295,6 +330,7 @@ class Finished:
     other_reasons: tuple[FinishReason, ...] = ()
     logits: bytes = b""
     explanation: tuple[LayerWeights, ...] = ()
+    scored: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True)

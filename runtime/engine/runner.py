@@ -16,6 +16,7 @@ from runtime.engine.attention import AttentionPlan, Segment
 from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel, MixtureRows
+from runtime.engine.scoring import score_part
 from runtime.engine.sequence import Sequence
 from runtime.engine.stage import LayerPacks, Stage
 from runtime.engine.step import PromptPart, Step
@@ -39,8 +40,8 @@ class _Flow:
         """Of each token whether a token of the answer comes of it: all that decode, and the last of a prompt."""
         if self.part is None:
             return [True] * len(self.sequences)
-        last = self.part.start + self.part.length == len(self.part.sequence.prompt)
-        return [*([False] * (self.part.length - 1)), last]
+        places = range(self.part.start, self.part.start + self.part.length)
+        return [place in self.part.sequence.answering for place in places]
 
 
 class StepRunner:
@@ -137,7 +138,10 @@ class StepRunner:
             done = sequence.advance(part.length)
             if part.layers.stop < len(self._model.layers):
                 sequence.residual[part.start : part.start + part.length] = flow.hidden
-            elif done:
+                continue
+            if sequence.request.continuation is not None:
+                score_part(self._model, sequence, part.start, flow.hidden)
+            if done:
                 sequence.residual = None
                 ended.append((sequence, flow.hidden[-1]))
         if not ended:

@@ -27,7 +27,8 @@ class Scheduler:
         max_step_tokens: prompt and decode tokens of one step, at most (decoding always goes first).
         max_passes: how often a waiting sequence may be passed by later ones; then it is starved, and all wait for it.
         policy: who is tried first: "fcfs" in order of arrival, "locality" whose experts lack the fewest bytes in
-            memory, "fair" whose task has the fewest sequences running.
+            memory, "fair" whose tenant, then whose task, has the fewest sequences running. A request's priority comes
+            before all of them.
         missing_bytes: of a sequence's experts, those not in memory; for "locality".
     """
 
@@ -115,8 +116,10 @@ class Scheduler:
         if self._policy == "locality":
             others.sort(key=self._missing_bytes)
         elif self._policy == "fair":
-            running = Counter(_task(sequence) for sequence in self.running if sequence.reservation is not None)
-            others.sort(key=lambda sequence: running[_task(sequence)])
+            tasks = Counter(_task(sequence) for sequence in self.running if sequence.reservation is not None)
+            tenants = Counter(sequence.request.tenant for sequence in self.running)
+            others.sort(key=lambda sequence: (tenants[sequence.request.tenant], tasks[_task(sequence)]))
+        others.sort(key=lambda sequence: sequence.request.priority)
         return [*starved, *others]
 
 

@@ -18,8 +18,9 @@ import torch
 from tokenizers import Tokenizer
 
 from runtime.engine.explain import Explanation
+from runtime.engine.logprobs import token_text
 from runtime.engine.matcher import Matcher
-from runtime.engine.request import Event, Failed, Finished, FinishReason, Request, TokenDelta, Usage
+from runtime.engine.request import Alternative, Event, Failed, Finished, FinishReason, Request, TokenDelta, Usage
 from runtime.engine.sampling import Chosen, Sampler
 from runtime.engine.text import TextStream
 from runtime.errors import GreenroomError
@@ -54,8 +55,10 @@ class Sequence:
         tokenizer: for the text.
         matcher: what the answer may be, if that is constrained; for this sequence alone.
         leader: the sequence that runs the prompt, where this one is another answer to it.
+        num_context: tokens before the continuation that is to be scored; None where there is none.
 
     Attributes:
+        scored: log-probabilities of the continuation's tokens so far.
         layers_done: layers that the whole prompt has passed.
         range_end: the layer before which the range ends that the prompt goes through now.
         tokens_done: prompt tokens that have passed this range.
@@ -78,12 +81,15 @@ class Sequence:
         tokenizer: Tokenizer,
         matcher: Matcher | None = None,
         leader: Sequence | None = None,
+        num_context: int | None = None,
     ) -> None:
         self.request = request
         self.prompt = prompt
         self.generation = generation
         self.max_tokens = max_tokens
         self.phase = Phase.WAITING
+        self.num_context = len(prompt) if num_context is None else num_context
+        self.scored: list[float] = []
         self.output: list[int] = []
         self.times_passed = 0
         self.slot: int | None = None
@@ -103,6 +109,7 @@ class Sequence:
         self.explanation: Explanation = leader.explanation if leader else Explanation()
         self.on_end: Callable[[Sequence], None] = lambda _sequence: None
         self._sink = sink
+        self._tokenizer = tokenizer
         self.choices: list[Sequence] = leader.choices if leader else []
         self.choice = len(self.choices)
         self.choices.append(self)
@@ -117,6 +124,17 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens that the KV cache must be able to hold at the end."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def context_residual(self) -> torch.Tensor | None:
+        """The residual stream between two ranges, without the continuation that is to be scored."""
+        return None if self.residual is None else self.residual[: self.num_context]
+
+    @property
+    def answering(self) -> range:
+        """Places of the prompt that an answer's tokens come of: its last, or those before each token that is scored."""
+        end = len(self.prompt) - (self.request.continuation is not None)
+        return range(self.num_context - 1, end)
 
     @property
     def position(self) -> int:
@@ -192,9 +210,18 @@ class Sequence:
         """The last event of the request, for its first choice to make."""
         reason, *others = (choice._reason for choice in self.choices)  # noqa: SLF001 - a sequence of the same request
         logits = torch.stack(self._logits).numpy().tobytes() if self._logits else b""
-        explanation = self.explanation.layers() if self.request.explain else ()
         return Finished(
-            reason=reason, other_reasons=tuple(others), usage=self.usage(), logits=logits, explanation=explanation
+            reason=reason,
+            other_reasons=tuple(others),
+            usage=self.usage(),
+            logits=logits,
+            explanation=self.explanation.layers() if self.request.explain else (),
+            scored=tuple(
+                Alternative(token, token_text(self._tokenizer, token), logprob)
+                for token, logprob in zip(self.prompt[self.num_context :], self.scored, strict=True)
+            )
+            if reason == "scored"
+            else (),
         )
 
     def usage(self) -> Usage:

@@ -65,21 +65,14 @@ class Speaking:
             logits: [B, V] float32.
 
         Returns:
-            how many tokens that were.
+            how many tokens that were; a prompt whose continuation was scored gets none, and ends.
         """
-        speaking, rows = list(sequences), list(range(len(sequences)))
-        for row, sequence in enumerate(sequences):
-            if sequence.phase is not Phase.DECODING:
-                sequence.emit(located(sequence))
-                sequence.phase = Phase.DECODING
-                for choice in sequence.choices[1:]:
-                    self._split(sequence, choice)
-                    speaking.append(choice)
-                    rows.append(row)
-        if not speaking:
+        speakers = [(row, speaker) for row, sequence in enumerate(sequences) for speaker in self._speakers(sequence)]
+        if not speakers:
             return 0
-        if len(rows) > len(sequences):
-            logits = logits[rows]
+        rows, speaking = zip(*speakers, strict=True)
+        if rows != tuple(range(len(sequences))):
+            logits = logits[list(rows)]
         tokens = choose([sequence.sampler for sequence in speaking], logits)
         for sequence, chosen, row in zip(speaking, tokens, logits, strict=True):
             if isinstance(chosen, GreenroomError):
@@ -87,6 +80,19 @@ class Speaking:
             else:
                 sequence.take(chosen, row, self._eos_token_ids)
         return len(speaking)
+
+    def _speakers(self, sequence: Sequence) -> Items[Sequence]:
+        """Who gets a token of what a sequence computed: itself, with its further choices, or nobody if it is scored."""
+        if sequence.phase is Phase.DECODING:
+            return (sequence,)
+        sequence.emit(located(sequence))
+        if sequence.request.continuation is not None:
+            sequence.finish("scored")
+            return ()
+        sequence.phase = Phase.DECODING
+        for choice in sequence.choices[1:]:
+            self._split(sequence, choice)
+        return sequence.choices
 
     def _split(self, leader: Sequence, choice: Sequence) -> None:
         assert leader.slot is not None, "a running sequence holds a slot"

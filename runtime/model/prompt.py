@@ -94,6 +94,11 @@ class PromptTemplate:
             return _ids(prepared.parsing, text)
         return [*prepared.prefix_ids, *_ids(prepared.plain, text), *prepared.suffix_ids]
 
+    def encode_part(self, tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, plain: bool) -> list[int]:
+        """Token ids of a part of a prompt, by itself; special tokens in it count as such unless it is `plain`."""
+        prepared = self._prepare(tokenizer)
+        return _ids(prepared.plain if plain else prepared.parsing, text)
+
     def _prepare(self, tokenizer: transformers.PreTrainedTokenizerFast) -> _Prepared:
         prepared = self._prepared.get(tokenizer)
         if prepared is None:

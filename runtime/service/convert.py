@@ -1,66 +1,65 @@
-"""Between protobuf and the engine's words: requests are checked and converted here, events and statistics sent back.
+"""From protobuf to the engine's words: requests are checked here, field by field.
 
-It knows nothing of calls, threads or statuses: every function is pure.
+It knows nothing of calls, threads or statuses: every function is pure; `runtime.service.replies` is the way back.
 Read first: every field of a request is used or refused; errors name the field as it is called on the wire.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Any
 
-from google.protobuf.message import Message
+from google.protobuf.message import Message as AnyMessage
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
-from runtime.engine.request import Alternative, Finished, Located, Request, SamplingParams, TokenDelta, TokenLogprob
+from runtime.engine.request import Request, SamplingParams
 from runtime.errors import InvalidInputError
 from runtime.model.names import check_name
-
-if TYPE_CHECKING:
-    from runtime.engine.statistics import EngineStatistics
+from runtime.model.turns import Message
 
 MAX_PROMPT_CHARS = 1_000_000
 """Bounds the work of tokenising before the engine can refuse a prompt for its length in tokens."""
 
-_HOW = {"located": pb.HOW_LOCATED, "pinned": pb.HOW_PINNED, "abstained": pb.HOW_ABSTAINED, "base": pb.HOW_BASE}
-_SOURCE = {"host": pb.SOURCE_HOST, "disk": pb.SOURCE_DISK}
-_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
-_PRESENCE = frozenset(field.name for field in pb.Sampling.DESCRIPTOR.fields if field.has_presence)
+MAX_GROUPS = 256
+
+Asked = pb.GenerateRequest | pb.ScoreRequest | pb.LocateRequest
+
+_ROLE: dict[int, Any] = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
+_SAMPLING = pb.Sampling.DESCRIPTOR.fields_by_name
 
 
-def generate_request(message: pb.GenerateRequest, *, request_id: str, deadline: float | None) -> Request:
-    """The engine's request for a `GenerateRequest`.
+def engine_request(message: Asked, *, request_id: str, deadline: float | None, tenant: str = "") -> Request:
+    """The engine's request for a `GenerateRequest`, `ScoreRequest` or `LocateRequest`.
 
     Args:
         message: as it came.
         request_id: the request's name, already checked.
         deadline: absolute, on the clock of `time.monotonic()`; None for none.
+        tenant: of the caller, for requests that name none.
 
     Raises:
         InvalidInputError: a field that is missing, unknown or out of range.
     """
     reject_unknown(message)
-    text, raw = _prompt(message)
-    route = message.WhichOneof("route")
-    return Request(
-        request_id=request_id,
-        text=text,
-        raw=raw,
-        task=check_name("task", message.task) if route == "task" else None,
-        base_only=route == "base_only" and message.base_only,
-        sampling=_sampling(message.sampling),
-        deadline=deadline,
-    )
+    fields: dict[str, Any] = {**_prompt(message), "locate_only": isinstance(message, pb.LocateRequest)}
+    if not isinstance(message, pb.LocateRequest):
+        fields |= _route(message)
+    if isinstance(message, pb.GenerateRequest):
+        fields["sampling"] = _sampling(message.sampling)
+    if isinstance(message, pb.ScoreRequest):
+        if len(message.continuation) > MAX_PROMPT_CHARS:
+            raise InvalidInputError("continuation", message.continuation, f"has at most {MAX_PROMPT_CHARS} characters")
+        fields["continuation"] = message.continuation
+    if message.tenant:
+        tenant = check_name("tenant", message.tenant)
+    try:
+        return Request(request_id=request_id, deadline=deadline, priority=message.priority, tenant=tenant, **fields)
+    except InvalidInputError as error:
+        raise on_the_wire(error, message) from error
 
 
-def locate_request(message: pb.LocateRequest, *, request_id: str, deadline: float | None) -> Request:
-    """The engine's request for a `LocateRequest`; arguments and errors as in `generate_request`."""
-    reject_unknown(message)
-    text, raw = _prompt(message)
-    return Request(request_id=request_id, text=text, raw=raw, locate_only=True, deadline=deadline)
-
-
-def reject_unknown(message: Message, path: str = "") -> None:
+def reject_unknown(message: AnyMessage, path: str = "") -> None:
     """Refuse fields that a newer client set and this server would ignore.
 
     Raises:
@@ -71,103 +70,79 @@ def reject_unknown(message: Message, path: str = "") -> None:
         number = unknown[0].field_number
         raise InvalidInputError(f"{path}{number}", "set", "this server knows no field of this number")
     for descriptor, value in message.ListFields():
-        if isinstance(value, Message):
+        if isinstance(value, AnyMessage):
             reject_unknown(value, f"{path}{descriptor.name}.")
+        elif descriptor.message_type is not None and not isinstance(value, dict):
+            for place, item in enumerate(_messages(value)):
+                reject_unknown(item, f"{path}{descriptor.name}[{place}].")
 
 
-def on_the_wire(error: InvalidInputError, message: pb.GenerateRequest | pb.LocateRequest) -> InvalidInputError:
+def on_the_wire(error: InvalidInputError, message: Asked) -> InvalidInputError:
     """The same error, naming the field of `message` instead of the engine's."""
     if error.field in {"text", "input"}:
         field = message.WhichOneof("prompt") or "input"
         return InvalidInputError(field, getattr(message, field), error.problem)
-    if isinstance(message, pb.GenerateRequest) and error.field in pb.Sampling.DESCRIPTOR.fields_by_name:
+    if error.field.startswith("messages"):
+        return InvalidInputError(f"chat.{error.field}", message.chat.messages, error.problem)
+    if isinstance(message, pb.GenerateRequest) and error.field in _SAMPLING:
         return _in_sampling(error, message.sampling)
     return error
 
 
-def response(event: Located | TokenDelta | Finished, request_id: str) -> pb.GenerateResponse:
-    """One event of an answer."""
-    match event:
-        case Located():
-            return pb.GenerateResponse(routing=routing(event, request_id))
-        case TokenDelta():
-            logprobs = [_token_logprob(item) for item in event.logprobs]
-            delta = pb.TokenDelta(text=event.text, token_ids=event.token_ids, choice=event.choice, logprobs=logprobs)
-            return pb.GenerateResponse(delta=delta)
-        case Finished():
-            return pb.GenerateResponse(done=_done(event, request_id))
+def _messages(value: Any) -> Iterable[AnyMessage]:  # noqa: ANN401 - a repeated field or a map of any type
+    values = value.values() if hasattr(value, "values") else value
+    return (item for item in values if isinstance(item, AnyMessage))
 
 
-def routing(located: Located, request_id: str) -> pb.Routing:
-    """Who answers, why, and with which experts."""
-    return pb.Routing(
-        task=located.task or "",
-        how=_HOW[located.how],
-        margin=located.margin,
-        scores=[pb.TaskScore(task=item.task, score=item.score) for item in located.scores],
-        generation=located.generation,
-        experts=[
-            pb.ExpertUse(
-                digest=item.digest,
-                task=item.task,
-                num_layers=item.num_layers,
-                source=_SOURCE[item.source],
-                bytes_read=item.bytes_read,
-                load_seconds=item.load_s,
-            )
-            for item in located.experts
-        ],
-        request_id=request_id,
-    )
-
-
-def description(base_name: str, base_digest: str, statistics: EngineStatistics) -> pb.DescribeResponse:
-    """What is served and how it is doing."""
-    memory = statistics.memory
-    return pb.DescribeResponse(
-        base=pb.Base(name=base_name, digest=base_digest),
-        generation=statistics.generation,
-        tasks=[pb.Task(name=name) for name in statistics.tasks],
-        memory=pb.MemoryStatistics(
-            budget_bytes=memory.budget_bytes,
-            resident_bytes=memory.resident_bytes,
-            reserved_bytes=memory.reserved_bytes,
-            resident_units=memory.resident_units,
-            hits=memory.hits,
-            misses=memory.misses,
-            loads=memory.loads,
-            evictions=memory.evictions,
-            failures=memory.failures,
-            bytes_read=memory.bytes_read,
-            load_seconds=memory.load_s,
-            prefetch_useful_bytes=memory.prefetch_useful_bytes,
-            prefetch_wasted_bytes=memory.prefetch_wasted_bytes,
-        ),
-        engine=pb.EngineStatistics(
-            running=statistics.running,
-            waiting=statistics.waiting,
-            steps=statistics.steps,
-            tokens=statistics.tokens,
-            kv_bytes_reserved=statistics.kv_bytes_reserved,
-            stall_seconds=statistics.stall_s,
-        ),
-    )
-
-
-def _prompt(message: pb.GenerateRequest | pb.LocateRequest) -> tuple[str, bool]:
-    """The text, and whether it is the whole prompt."""
+def _prompt(message: Asked) -> dict[str, Any]:
+    """Fields of the engine's request that say what is asked."""
     field = message.WhichOneof("prompt")
     if field is None:
-        raise InvalidInputError("input", "", "input or raw_prompt is required")
+        raise InvalidInputError("input", "", "input, raw_prompt or chat is required")
+    if field == "chat":
+        return {"messages": _chat(message.chat)}
     text = getattr(message, field)
     if not 0 < len(text) <= MAX_PROMPT_CHARS:
         raise InvalidInputError(field, text, f"must have 1 to {MAX_PROMPT_CHARS} characters, has {len(text)}")
-    return text, field == "raw_prompt"
+    return {"text": text, "raw": field == "raw_prompt"}
+
+
+def _chat(chat: pb.Chat) -> tuple[Message, ...]:
+    if not chat.messages:
+        raise InvalidInputError("chat.messages", 0, "must not be empty")
+    num_chars = sum(len(message.content) for message in chat.messages)
+    if num_chars > MAX_PROMPT_CHARS:
+        raise InvalidInputError("chat.messages", num_chars, f"at most {MAX_PROMPT_CHARS} characters in all")
+    for place, message in enumerate(chat.messages):
+        if message.role not in _ROLE:
+            raise InvalidInputError(f"chat.messages[{place}].role", message.role, "is not a role")
+    return tuple(Message(_ROLE[message.role], message.content) for message in chat.messages)
+
+
+def _route(message: pb.GenerateRequest | pb.ScoreRequest) -> dict[str, Any]:
+    """Fields of the engine's request that say who answers."""
+    for field in ("group_bias", "group_mask"):
+        if len(getattr(message, field)) > MAX_GROUPS:
+            raise InvalidInputError(field, len(getattr(message, field)), f"at most {MAX_GROUPS} groups")
+    route, otherwise = message.WhichOneof("route"), message.WhichOneof("on_abstain")
+    return {
+        "task": check_name("task", message.task) if route == "task" else None,
+        "base_only": route == "base_only" and message.base_only,
+        "abstain_fails": otherwise == "abstain_fails" and message.abstain_fails,
+        "default_task": check_name("default_task", message.default_task) if otherwise == "default_task" else None,
+        "group_bias": dict(message.group_bias),
+        "group_mask": frozenset(message.group_mask),
+        "explain": message.explain,
+    }
 
 
 def _sampling(message: pb.Sampling) -> SamplingParams:
     """What the client set, over the engine's defaults."""
-    chosen = {name: getattr(message, name) for name in _PRESENCE if message.HasField(name)}
+    chosen = {
+        name: getattr(message, name)
+        for name, field in _SAMPLING.items()
+        if field.has_presence and message.HasField(name)
+    }
     try:
         return SamplingParams(stop=tuple(message.stop), ignore_eos=message.ignore_eos, **chosen)
     except InvalidInputError as error:
@@ -176,27 +151,3 @@ def _sampling(message: pb.Sampling) -> SamplingParams:
 
 def _in_sampling(error: InvalidInputError, message: pb.Sampling) -> InvalidInputError:
     return InvalidInputError(f"sampling.{error.field}", getattr(message, error.field), error.problem)
-
-
-def _token_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
-    return pb.TokenLogprob(chosen=_alternative(logprob.chosen), top=[_alternative(item) for item in logprob.top])
-
-
-def _alternative(item: Alternative) -> pb.Alternative:
-    return pb.Alternative(token_id=item.token_id, text=item.text, logprob=item.logprob)
-
-
-def _done(finished: Finished, request_id: str) -> pb.Done:
-    usage = finished.usage
-    return pb.Done(
-        finish_reason=_FINISH[finished.reason],
-        other_finish_reasons=[_FINISH[reason] for reason in finished.other_reasons],
-        usage=pb.Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            queue_seconds=usage.queue_s,
-            first_token_seconds=usage.first_token_s,
-            total_seconds=usage.total_s,
-        ),
-        request_id=request_id,
-    )

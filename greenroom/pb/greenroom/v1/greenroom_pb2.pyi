@@ -7,6 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_SYSTEM: _ClassVar[Role]
+    ROLE_USER: _ClassVar[Role]
+    ROLE_ASSISTANT: _ClassVar[Role]
+
 class How(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     HOW_UNSPECIFIED: _ClassVar[How]
@@ -14,6 +21,7 @@ class How(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HOW_PINNED: _ClassVar[How]
     HOW_ABSTAINED: _ClassVar[How]
     HOW_BASE: _ClassVar[How]
+    HOW_DEFAULTED: _ClassVar[How]
 
 class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -26,11 +34,16 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+ROLE_UNSPECIFIED: Role
+ROLE_SYSTEM: Role
+ROLE_USER: Role
+ROLE_ASSISTANT: Role
 HOW_UNSPECIFIED: How
 HOW_LOCATED: How
 HOW_PINNED: How
 HOW_ABSTAINED: How
 HOW_BASE: How
+HOW_DEFAULTED: How
 SOURCE_UNSPECIFIED: Source
 SOURCE_HOST: Source
 SOURCE_DISK: Source
@@ -39,20 +52,110 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("input", "raw_prompt", "task", "base_only", "sampling", "request_id")
+    __slots__ = ("input", "raw_prompt", "chat", "task", "base_only", "abstain_fails", "default_task", "sampling", "request_id", "priority", "tenant", "group_bias", "group_mask", "explain")
+    class GroupBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     INPUT_FIELD_NUMBER: _ClassVar[int]
     RAW_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     BASE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    ABSTAIN_FAILS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_TASK_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_BIAS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_MASK_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     input: str
     raw_prompt: str
+    chat: Chat
     task: str
     base_only: bool
+    abstain_fails: bool
+    default_task: str
     sampling: Sampling
     request_id: str
-    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., task: _Optional[str] = ..., base_only: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    priority: int
+    tenant: str
+    group_bias: _containers.ScalarMap[str, float]
+    group_mask: _containers.RepeatedScalarFieldContainer[str]
+    explain: bool
+    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., task: _Optional[str] = ..., base_only: _Optional[bool] = ..., abstain_fails: _Optional[bool] = ..., default_task: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., group_bias: _Optional[_Mapping[str, float]] = ..., group_mask: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ...) -> None: ...
+
+class Chat(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[Message]
+    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...) -> None: ...
+
+class Message(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    content: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., content: _Optional[str] = ...) -> None: ...
+
+class ScoreRequest(_message.Message):
+    __slots__ = ("input", "raw_prompt", "chat", "task", "base_only", "abstain_fails", "default_task", "continuation", "request_id", "priority", "tenant", "group_bias", "group_mask", "explain")
+    class GroupBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    RAW_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    BASE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    ABSTAIN_FAILS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_TASK_FIELD_NUMBER: _ClassVar[int]
+    CONTINUATION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_BIAS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_MASK_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    input: str
+    raw_prompt: str
+    chat: Chat
+    task: str
+    base_only: bool
+    abstain_fails: bool
+    default_task: str
+    continuation: str
+    request_id: str
+    priority: int
+    tenant: str
+    group_bias: _containers.ScalarMap[str, float]
+    group_mask: _containers.RepeatedScalarFieldContainer[str]
+    explain: bool
+    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., task: _Optional[str] = ..., base_only: _Optional[bool] = ..., abstain_fails: _Optional[bool] = ..., default_task: _Optional[str] = ..., continuation: _Optional[str] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., group_bias: _Optional[_Mapping[str, float]] = ..., group_mask: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ...) -> None: ...
+
+class ScoreResponse(_message.Message):
+    __slots__ = ("routing", "tokens", "logprob", "usage", "explanation")
+    ROUTING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
+    routing: Routing
+    tokens: _containers.RepeatedCompositeFieldContainer[Alternative]
+    logprob: float
+    usage: Usage
+    explanation: _containers.RepeatedCompositeFieldContainer[LayerWeights]
+    def __init__(self, routing: _Optional[_Union[Routing, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[Alternative, _Mapping]]] = ..., logprob: _Optional[float] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., explanation: _Optional[_Iterable[_Union[LayerWeights, _Mapping]]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "n", "logprobs", "json_schema", "regex")
@@ -171,16 +274,42 @@ class Alternative(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("finish_reason", "usage", "request_id", "other_finish_reasons")
+    __slots__ = ("finish_reason", "usage", "request_id", "other_finish_reasons", "explanation")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     OTHER_FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
     finish_reason: FinishReason
     usage: Usage
     request_id: str
     other_finish_reasons: _containers.RepeatedScalarFieldContainer[FinishReason]
-    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., request_id: _Optional[str] = ..., other_finish_reasons: _Optional[_Iterable[_Union[FinishReason, str]]] = ...) -> None: ...
+    explanation: _containers.RepeatedCompositeFieldContainer[LayerWeights]
+    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., request_id: _Optional[str] = ..., other_finish_reasons: _Optional[_Iterable[_Union[FinishReason, str]]] = ..., explanation: _Optional[_Iterable[_Union[LayerWeights, _Mapping]]] = ...) -> None: ...
+
+class LayerWeights(_message.Message):
+    __slots__ = ("layer", "experts", "groups")
+    class ExpertsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class GroupsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.ScalarMap[str, float]
+    groups: _containers.ScalarMap[str, float]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Mapping[str, float]] = ..., groups: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "queue_seconds", "first_token_seconds", "total_seconds")
@@ -197,14 +326,20 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
 
 class LocateRequest(_message.Message):
-    __slots__ = ("input", "raw_prompt", "request_id")
+    __slots__ = ("input", "raw_prompt", "chat", "request_id", "priority", "tenant")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     RAW_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     input: str
     raw_prompt: str
+    chat: Chat
     request_id: str
-    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    priority: int
+    tenant: str
+    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class LocateResponse(_message.Message):
     __slots__ = ("routing",)

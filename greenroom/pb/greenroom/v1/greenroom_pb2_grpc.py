@@ -40,6 +40,11 @@ class GreenroomStub:
                 request_serializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/greenroom.v1.Greenroom/Score',
+                request_serializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Locate = channel.unary_unary(
                 '/greenroom.v1.Greenroom/Locate',
                 request_serializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.LocateRequest.SerializeToString,
@@ -58,6 +63,13 @@ class GreenroomServicer:
 
     def Generate(self, request, context):
         """Answers one prompt, token by token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Says how likely the model finds a given answer; generates nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +96,11 @@ def add_GreenroomServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.GenerateRequest.FromString,
                     response_serializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.ScoreRequest.FromString,
+                    response_serializer=greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.ScoreResponse.SerializeToString,
             ),
             'Locate': grpc.unary_unary_rpc_method_handler(
                     servicer.Locate,
@@ -124,6 +141,33 @@ class Greenroom:
             '/greenroom.v1.Greenroom/Generate',
             greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.GenerateRequest.SerializeToString,
             greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1.Greenroom/Score',
+            greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.ScoreRequest.SerializeToString,
+            greenroom_dot_pb_dot_greenroom_dot_v1_dot_greenroom__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
