@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
 from runtime.engine.request import (
@@ -32,21 +32,7 @@ from runtime.memory.statistics import MemoryStatistics
 
 PATIENCE_S = 10.0
 DIGEST = "ab" * 32
-MEMORY = MemoryStatistics(
-    budget_bytes=1,
-    resident_bytes=2,
-    reserved_bytes=3,
-    resident_units=4,
-    hits=5,
-    misses=6,
-    loads=7,
-    evictions=8,
-    failures=9,
-    bytes_read=10,
-    load_s=11.5,
-    prefetch_useful_bytes=12,
-    prefetch_wasted_bytes=13,
-)
+MEMORY = MemoryStatistics(**{field.name: number for number, field in enumerate(fields(MemoryStatistics), start=1)})
 
 
 @dataclass
