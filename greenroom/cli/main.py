@@ -24,6 +24,7 @@ from greenroom.cli.repertoire import app as repertoire
 from greenroom.cli.serve import serve
 from greenroom.cli.token import app as token
 from greenroom.cli.train import train
+from greenroom.cli.train_router import train_router
 
 
 class OneLineErrors(TyperGroup):
@@ -62,7 +63,7 @@ app.add_typer(base, name="base")
 app.add_typer(adopt, name="import")
 app.add_typer(repertoire, name="repertoire")
 app.add_typer(token, name="token")
-for command in (train, evaluate, export, locate, serve, ask, batch, demo, doctor):
+for command in (train, train_router, evaluate, export, locate, serve, ask, batch, demo, doctor):
     app.command()(command)
 
 
