@@ -29,9 +29,9 @@ from runtime.kernels.routing import top_k_weights
 from runtime.model.attach import MixtureFFN, attached
 from runtime.model.base import BaseModel, load_base, resolve_base
 from runtime.model.expert import Expert
-from runtime.model.manifest import Grouping
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import Grouping
 from training.answers import Question, greedy_answers, question
 from training.arrow import arrow_routers
 from training.batches import Row, encode_row

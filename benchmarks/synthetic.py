@@ -19,9 +19,10 @@ from runtime.model.density import PROJECTED, vae_shapes
 from runtime.model.expert import pack_expert_set
 from runtime.model.generation import base_ref
 from runtime.model.locator import frame_shapes, project
-from runtime.model.manifest import ExpertSet, LocatorEntry, LocatorRef, Manifest, RouterRef, Task
+from runtime.model.manifest import ExpertSet, LocatorEntry, LocatorRef, Manifest, Task
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import RouterRef
 from runtime.model.routers import router_tensor_name
 from training.features import features
 

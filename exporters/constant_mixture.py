@@ -20,7 +20,8 @@ from exporters.options import Source
 from runtime.errors import InvalidInputError
 from runtime.model.attach import ExpertModule, attached, decoder_layers, mixture_layer
 from runtime.model.expert import Expert, LowRank
-from runtime.model.manifest import TARGETS, Digest, Manifest, Target
+from runtime.model.manifest import TARGETS, Manifest, Target
+from runtime.model.record import Digest
 
 UNIFORM = "uniform"
 ONLY_OWN = "only-own"

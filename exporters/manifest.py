@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from runtime.errors import ManifestError
-from runtime.model.manifest import Digest
+from runtime.model.record import Digest
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "manifest.json"

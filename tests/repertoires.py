@@ -24,19 +24,11 @@ from runtime.model.density import PROJECTED, vae_shapes
 from runtime.model.expert import Expert, pack_expert_set
 from runtime.model.generation import base_ref, open_generation
 from runtime.model.locator import pool, project
-from runtime.model.manifest import (
-    FFN_TARGETS,
-    Grouping,
-    LocatorEntry,
-    LocatorRef,
-    Manifest,
-    RouterRef,
-    Target,
-    Task,
-)
+from runtime.model.manifest import FFN_TARGETS, LocatorEntry, LocatorRef, Manifest, Target, Task
 from runtime.model.mixture import Mixture
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import Grouping, RouterRef
 from runtime.model.routers import router_tensor_name
 
 FIRST_LAYER = 2

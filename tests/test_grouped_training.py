@@ -21,9 +21,10 @@ from runtime.errors import InvalidInputError, NonFiniteError, UnknownTaskError
 from runtime.model.attach import attached, hold_mixture
 from runtime.model.control import controlled, fixed_for, summary
 from runtime.model.generation import open_generation
-from runtime.model.manifest import Grouping, Manifest
+from runtime.model.manifest import Manifest
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import Grouping
 from training.batches import encode_row
 from training.compose import compose
 from training.composite_data import (

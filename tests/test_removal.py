@@ -17,9 +17,9 @@ from runtime.errors import TaskInUseError, UnknownTaskError
 from runtime.model.audit import audit
 from runtime.model.base import BaseModel
 from runtime.model.generation import open_generation
-from runtime.model.manifest import Group
 from runtime.model.removal import remove_task
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import Group
 
 
 def test_the_newest_task_goes_with_its_experts_router_and_density(three_tasks: Workshop) -> None:

@@ -13,8 +13,9 @@ from runtime.errors import InvalidInputError, ManifestError
 from runtime.kernels.arrow import arrow_prototype
 from runtime.kernels.grouping import grouped_weights
 from runtime.model.control import controlled, fixed_for, summary
-from runtime.model.manifest import Grouping, RouterRef, parse_manifest
+from runtime.model.manifest import parse_manifest
 from runtime.model.mixture import Mixture, Router, weigh
+from runtime.model.router_record import Grouping, RouterRef
 from runtime.model.routers import grouped_router
 
 A, B, C, D, E, GENERAL = (letter * 64 for letter in "abcde0")

@@ -13,9 +13,10 @@ from functools import partial
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.expert import Expert
-from runtime.model.manifest import Group, Grouping, Manifest
+from runtime.model.manifest import Manifest
 from runtime.model.names import check_name
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import Group, Grouping
 from runtime.model.signature import Signer
 from training.batches import encode_row
 from training.config import TrainingConfig

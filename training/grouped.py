@@ -18,8 +18,8 @@ from runtime.errors import InvalidInputError, NonFiniteError
 from runtime.model.attach import ExpertModule, MixtureFFN, attached, decoder_layers, mixture_layer
 from runtime.model.base import BaseModel
 from runtime.model.expert import Expert
-from runtime.model.manifest import Grouping
 from runtime.model.mixture import Router, weigh
+from runtime.model.router_record import Grouping
 from runtime.model.routers import grouped_router, router_tensor_name
 from training.batches import Row, collate, shuffled_batches
 from training.config import TrainingConfig

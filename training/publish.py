@@ -16,20 +16,11 @@ from safetensors.torch import save
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.generation import base_ref, check_base
-from runtime.model.manifest import (
-    BaseRef,
-    ExpertSet,
-    Group,
-    Grouping,
-    HyperRef,
-    Manifest,
-    RouterKind,
-    RouterRef,
-    Task,
-)
+from runtime.model.manifest import BaseRef, ExpertSet, HyperRef, Manifest, Task
 from runtime.model.names import check_name
 from runtime.model.prompt import PromptTemplate, default_template
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import Group, Grouping, RouterKind, RouterRef
 from runtime.model.signature import Signer
 from training.config import TrainingConfig
 from training.sight import Sight, feature_layer, new_sight, see_task, sha256, sight_of

@@ -9,31 +9,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from runtime.errors import ManifestError, UnknownSchemaError, UnknownTaskError
-from runtime.model.names import NAME_PATTERN
+from runtime.model.record import Digest, Name, Record
+from runtime.model.router_record import Group, RouterRef
 
 SCHEMA_VERSION = 1
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ATTENTION_TARGETS: tuple[Target, ...] = ("q", "k", "v", "o")
 FFN_TARGETS: tuple[Target, ...] = ("gate", "up", "down")
 TARGETS: tuple[Target, ...] = (*ATTENTION_TARGETS, *FFN_TARGETS)
-RouterKind = Literal["top_k", "grouped", "arrow"]
 
 
 Score = Literal["raw", "z", "abs_z", "neg_elbo"]
 Density = Literal["vae", "gaussian", "low_rank"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class BaseRef(_Record):
+class BaseRef(Record):
     """The base model that every expert of the repertoire was trained on.
 
     `attention_width` and `kv_width`, the widths of queries and of keys, are needed where experts update attention.
@@ -51,7 +45,7 @@ class BaseRef(_Record):
     kv_width: Annotated[int, Field(ge=1)] | None = None
 
 
-class Unit(_Record):
+class Unit(Record):
     """One (layer, expert): a contiguous range of the expert set's blob.
 
     `offset` and `bytes` are in bytes from the start of the blob file; `sha256` is over exactly that range.
@@ -64,7 +58,7 @@ class Unit(_Record):
     sha256: Digest
 
 
-class ExpertSet(_Record):
+class ExpertSet(Record):
     """The experts that one task trained, one per layer, in one blob; its digest is the identity of each of them."""
 
     digest: Digest
@@ -84,71 +78,7 @@ class ExpertSet(_Record):
         return self
 
 
-class Group(_Record):
-    """A named group of expert sets, for routers that will be trained; a router's own groups are in its `Grouping`."""
-
-    name: Name
-    experts: Annotated[tuple[Digest, ...], Field(min_length=1)]
-
-
-class Grouping(_Record):
-    """What a grouped router is beside its weights (AT-MoE, arXiv 2410.10896); formula: `runtime.kernels.grouping`.
-
-    `groups` names the group of each visible expert set; `within` says whether the weights within a group depend on the
-    input; `share` is lambda, and `general` the expert set that gets the rest of the weight, 1 - lambda.
-    """
-
-    groups: tuple[Name, ...]
-    scope: Literal["token", "request"]
-    within: Literal["input", "static"]
-    tau_group: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    tau_expert: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    epsilon: Annotated[float, Field(ge=0, lt=1)]
-    share: Annotated[float, Field(gt=0, le=1)]
-    general: Digest | None
-
-    @model_validator(mode="after")
-    def _general_has_a_share(self) -> Self:
-        if (self.general is None) != (self.share == 1):
-            raise ValueError(f"share={self.share}: must be 1 without a general expert set, and below 1 with one")
-        return self
-
-    def names(self) -> tuple[str, ...]:
-        """Every group once, in the order of the router's rows."""
-        return tuple(dict.fromkeys(self.groups))
-
-
-class RouterRef(_Record):
-    """A task's router: one weight [E, D] per layer; row j belongs to the j-th visible expert that has this layer.
-
-    `top_k` experts are kept per token; a grouped router keeps all, so that its `top_k` is the number of visible sets.
-    """
-
-    kind: RouterKind
-    digest: Digest
-    top_k: Annotated[int, Field(ge=1)]
-    visible: tuple[Digest, ...]
-    grouping: Grouping | None = None
-
-    @model_validator(mode="after")
-    def _kind_fits(self) -> Self:
-        if (self.kind == "grouped") != (self.grouping is not None):
-            raise ValueError(f"kind={self.kind}: exactly a grouped router has a grouping")
-        if self.grouping is not None:
-            count = len(self.visible)
-            if not count or len(self.grouping.groups) != count or self.top_k != count:
-                raise ValueError(f"kind=grouped: groups and top_k={self.top_k} must fit {count} visible expert sets")
-            if self.grouping.general in self.visible:
-                raise ValueError("general: must not be one of the visible expert sets")
-        return self
-
-    def all_experts(self) -> tuple[str, ...]:
-        """Digests of the visible expert sets and of the general one."""
-        general = self.grouping.general if self.grouping else None
-        return self.visible if general is None else (*self.visible, general)
-
-
-class LocatorEntry(_Record):
+class LocatorEntry(Record):
     """A task's density model and the calibration of its score on held-out features.
 
     `mean` and `sd` are those of the raw error; above `threshold` a prompt is not of this task. `prototype` names the
@@ -162,7 +92,7 @@ class LocatorEntry(_Record):
     prototype: Digest | None = None
 
 
-class LocatorRef(_Record):
+class LocatorRef(Record):
     """What all tasks share: the frame (normalisation and projection of features) and how scores are compared.
 
     `layer` says where the residual stream is read: what enters that layer; layer 0 is entered by the token embeddings,
@@ -184,7 +114,7 @@ class LocatorRef(_Record):
         return self
 
 
-class HyperRef(_Record):
+class HyperRef(Record):
     """A task's hyper-adapters (HyperMoE): the hypernetwork, or the table of all adapters of a top-1 router.
 
     The experts that they refer to are those that the task's router may choose, in the order of its rows.
@@ -196,7 +126,7 @@ class HyperRef(_Record):
     factor: Annotated[int, Field(ge=1)]
 
 
-class Task(_Record):
+class Task(Record):
     """What a user trained: own expert set, router over the visible set, densities for the locator and for arrival."""
 
     name: Name
@@ -216,7 +146,7 @@ class Task(_Record):
         return self
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Everything of one generation.
 
     `locator` decides; `arrival` guesses from the token embeddings alone, so that reading can begin before it does.

@@ -9,8 +9,9 @@ stay as experts without a task where the caller agrees to that, and else nothing
 from __future__ import annotations
 
 from runtime.errors import TaskInUseError
-from runtime.model.manifest import Group, Manifest, Task
+from runtime.model.manifest import Manifest, Task
 from runtime.model.repertoire import Repertoire
+from runtime.model.router_record import Group
 from runtime.model.signature import Signer
 
 

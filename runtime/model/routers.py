@@ -13,8 +13,9 @@ import torch
 
 from runtime.model.hyper import HyperSizes
 from runtime.model.hyper_sets import Hyper
-from runtime.model.manifest import Grouping, HyperRef, Manifest, Task
+from runtime.model.manifest import HyperRef, Manifest, Task
 from runtime.model.mixture import LayerGroups, Mixture, Router, fields_digest
+from runtime.model.router_record import Grouping
 
 Tensors = Mapping[str, torch.Tensor]
 

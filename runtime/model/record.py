@@ -1,0 +1,22 @@
+"""What all records of a manifest have in common: immutable, strict, without unknown fields; digests and names.
+
+It does not know what is recorded.
+Read first: `docs/FORMAT.md` is the normative text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from runtime.model.names import NAME_PATTERN
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+
+
+class Record(BaseModel):
+    """A part of a manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
