@@ -20,6 +20,7 @@ import transformers
 
 from runtime.engine.arrival import Arrival
 from runtime.engine.casting import Casting
+from runtime.engine.drafting import Drafting
 from runtime.engine.generations import Generations
 from runtime.engine.grammar import Grammars
 from runtime.engine.kv import KVCache
@@ -91,7 +92,8 @@ class Engine:
             device=model.device,
         )
         first_layer = generation.manifest.first_layer
-        self._runner = StepRunner(model, self._cache, first_layer=first_layer)
+        self._drafting = Drafting(options.max_draft)
+        self._runner = StepRunner(model, self._cache, self._drafting, first_layer=first_layer)
         self._casting = Casting(
             self.memory,
             first_layer=first_layer,
@@ -222,6 +224,8 @@ class Engine:
                 waiting=max(0, len(self._live) - running),
                 steps=self._steps,
                 tokens=self._tokens,
+                drafted_tokens=self._drafting.drafted,
+                accepted_tokens=self._drafting.accepted,
                 kv_bytes_reserved=self._cache.reserved_bytes,
                 stall_s=self._casting.stall_s,
                 memory=self.memory.statistics(),

@@ -28,6 +28,7 @@ class EngineOptions:
         max_step_tokens: tokens of one step; long prompts are split into chunks of at most this.
         max_passes: how often a waiting request may be passed by later, smaller ones.
         num_loaders: threads that read experts.
+        max_draft: tokens that are tried ahead of one sequence in a step; 0 tries none; see `runtime.engine.drafting`.
         prefetch: guess a prompt's task on arrival and start to read its experts before it is located.
         policy: which waiting sequence is tried first; see `runtime.engine.scheduler.Scheduler`.
         eviction: which experts go first: "lru" or "gdsf" (frequency, size, load time).
@@ -44,6 +45,7 @@ class EngineOptions:
     max_step_tokens: int = 512
     max_passes: int = 32
     num_loaders: int = 1
+    max_draft: int = 0
     prefetch: bool = True
     policy: Policy = "fcfs"
     eviction: EvictionName = "lru"
@@ -54,5 +56,6 @@ class EngineOptions:
                 raise InvalidInputError(name, getattr(self, name), f"is one of {', '.join(choices)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is int and value < 1:
-                raise InvalidInputError(field.name, value, "must be at least 1")
+            least = 0 if field.name == "max_draft" else 1
+            if type(value) is int and value < least:
+                raise InvalidInputError(field.name, value, f"must be at least {least}")

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from runtime.engine.attention import AttentionPlan, Segment
+from runtime.engine.drafting import Drafting
 from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel, MixtureRows
@@ -25,21 +26,33 @@ from runtime.model.mixture import Mixture
 
 @dataclass
 class _Flow:
-    """Tokens that go through `layers` together: all decoding ones (`part` is None), or one prompt part."""
+    """Tokens that go through `layers` together: all that decode, one that decodes with its draft, or a prompt part."""
 
     layers: range
     hidden: torch.Tensor  # [T, D]
     sequences: tuple[Sequence, ...]  # T of them, or one for all
-    part: PromptPart | None
+    part: PromptPart | None = None
+    draft: tuple[int, ...] = ()
+
+    @property
+    def in_a_row(self) -> bool:
+        """The tokens are of one sequence, one after the other."""
+        return self.part is not None or bool(self.draft)
 
     def owners(self) -> tuple[Sequence, ...]:
         """The sequence of each token."""
-        return self.sequences if self.part is None else self.sequences * self.part.length
+        return self.sequences * len(self.hidden) if self.in_a_row else self.sequences
+
+    def segment(self) -> Segment:
+        """Where the tokens of a prompt part or of a draft lie."""
+        (sequence,) = self.sequences
+        start = sequence.position if self.part is None else self.part.start
+        return Segment(_slot(sequence), start, len(self.hidden))
 
     def answering(self) -> list[bool]:
         """Of each token whether a token of the answer comes of it: all that decode, and the last of a prompt."""
         if self.part is None:
-            return [True] * len(self.sequences)
+            return [True] * len(self.hidden)
         places = range(self.part.start, self.part.start + self.part.length)
         return [place in self.part.sequence.answering for place in places]
 
@@ -50,12 +63,14 @@ class StepRunner:
     Args:
         model: fused weights.
         cache: KV cache of the engine.
+        drafting: tokens that are tried ahead.
         first_layer: the first layer with experts.
     """
 
-    def __init__(self, model: LlamaModel, cache: KVCache, *, first_layer: int) -> None:
+    def __init__(self, model: LlamaModel, cache: KVCache, drafting: Drafting, *, first_layer: int) -> None:
         self._model = model
         self._cache = cache
+        self._drafting = drafting
         self._first_layer = first_layer
         self._packs = LayerPacks(dtype=model.dtype, device=model.device)
 
@@ -64,9 +79,10 @@ class StepRunner:
         """Run a step; advances the sequences of prompt parts and changes their `residual`.
 
         Returns:
-            every decoding sequence and every prompt that is now complete, B of them, and their logits [B, V] float32.
+            every decoding sequence, as often as it got a token, and every prompt that is now complete, B of them, and
+            their logits [B, V] float32.
         """
-        flows = [self._decode_flow(step.decode)] if step.decode else []
+        flows = self._decode_flows(step.decode)
         flows += [self._prompt_flow(part) for part in step.prompts]
         borders = sorted({border for flow in flows for border in (flow.layers.start, flow.layers.stop)})
         for start, stop in pairwise(borders):
@@ -75,9 +91,15 @@ class StepRunner:
         self._model.forget(frozenset(each.mixture.digest for each in owners if each.mixture is not None))
         return self._finish(flows)
 
-    def _decode_flow(self, sequences: tuple[Sequence, ...]) -> _Flow:
-        hidden = self._embed([sequence.output[-1] for sequence in sequences])
-        return _Flow(range(len(self._model.layers)), hidden, sequences, None)
+    def _decode_flows(self, sequences: tuple[Sequence, ...]) -> list[_Flow]:
+        drafts = self._drafting.propose(sequences)
+        layers = range(len(self._model.layers))
+        plain = tuple(sequence for sequence in sequences if sequence not in drafts)
+        flows = [_Flow(layers, self._embed([each.output[-1] for each in plain]), plain)] if plain else []
+        for sequence, draft in drafts.items():
+            hidden = self._embed([sequence.output[-1], *draft])
+            flows.append(_Flow(layers, hidden, (sequence,), draft=tuple(draft)))
+        return flows
 
     def _prompt_flow(self, part: PromptPart) -> _Flow:
         sequence = part.sequence
@@ -91,9 +113,8 @@ class StepRunner:
     def _run_range(self, layers: range, flows: list[_Flow]) -> None:
         if not flows:
             return
-        decoding = [(_slot(each), each.position) for flow in flows if flow.part is None for each in flow.sequences]
-        parts = [flow.part for flow in flows if flow.part is not None]
-        segments = [Segment(_slot(part.sequence), part.start, part.length) for part in parts]
+        decoding = [(_slot(each), each.position) for flow in flows if not flow.in_a_row for each in flow.sequences]
+        segments = [flow.segment() for flow in flows if flow.in_a_row]
         hidden = torch.cat([flow.hidden for flow in flows]) if len(flows) > 1 else flows[0].hidden
         mixtures = self._mixtures(flows) if layers.stop > self._first_layer else None
         plan = AttentionPlan(decoding, segments, self._model.device)
@@ -131,7 +152,7 @@ class StepRunner:
         ended: list[tuple[Sequence, torch.Tensor]] = []
         for flow in flows:
             if flow.part is None:
-                ended += zip(flow.sequences, flow.hidden, strict=True)
+                ended += zip(flow.owners(), flow.hidden, strict=True)
                 continue
             sequence, part = flow.part.sequence, flow.part
             assert sequence.residual is not None, "a prompt under way has a residual stream"
@@ -147,7 +168,27 @@ class StepRunner:
         if not ended:
             return [], self._model.embedding[:0]
         logits = self._model.logits(torch.stack([hidden for _, hidden in ended]))
-        return [sequence for sequence, _ in ended], logits
+        drafts = {flow.sequences[0]: flow.draft for flow in flows if flow.draft}
+        if not drafts:
+            return [sequence for sequence, _ in ended], logits
+        return self._judge([sequence for sequence, _ in ended], logits, drafts)
+
+    def _judge(
+        self, sequences: list[Sequence], logits: torch.Tensor, drafts: dict[Sequence, tuple[int, ...]]
+    ) -> tuple[list[Sequence], torch.Tensor]:
+        """Keep of every draft's rows those that follow a token which held, and all other rows."""
+        kept: list[int] = []
+        row = 0
+        while row < len(sequences):
+            draft = drafts.get(sequences[row], ())
+            held = (
+                self._drafting.judge(sequences[row], draft, logits[row : row + len(draft)].argmax(1).tolist())
+                if draft
+                else 0
+            )
+            kept += range(row, row + held + 1)
+            row += len(draft) + 1
+        return [sequences[row] for row in kept], logits[kept]
 
 
 def _slot(sequence: Sequence) -> int:

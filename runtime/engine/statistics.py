@@ -23,6 +23,8 @@ class EngineStatistics:
         waiting: requests that do not yet.
         steps: taken.
         tokens: generated.
+        drafted_tokens: tried ahead of greedy answers.
+        accepted_tokens: of these, how many were right.
         kv_bytes_reserved: what running sequences may come to fill.
         stall_s: seconds in which sequences stood before the expert layers and waited for experts.
         memory: of the expert memory.
@@ -35,6 +37,8 @@ class EngineStatistics:
     waiting: int
     steps: int
     tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     kv_bytes_reserved: int
     stall_s: float
     memory: MemoryStatistics
