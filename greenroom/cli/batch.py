@@ -76,6 +76,7 @@ def batch(
         policy=policy,
         eviction=eviction,
         prefetch=False,  # tasks are known before they are needed
+        max_draft=flags.LIMITS.max_draft,
     )
     from greenroom.cli.batch_job import check_places, engine_for_batch, make_job
     from runtime.batch.run import run_batch

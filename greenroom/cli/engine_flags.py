@@ -43,6 +43,10 @@ EvictionFlag = Annotated[
 PrefetchFlag = Annotated[
     bool, typer.Option("--prefetch/--no-prefetch", help="Guess a prompt's task on arrival and begin to read.")
 ]
+DraftFlag = Annotated[
+    int,
+    typer.Option("--max-draft", min=0, help="Tokens tried ahead where a greedy answer repeats itself; 0: none."),
+]
 
 LIMITS = EngineOptions()
 DEFAULT_EXPERT_MEMORY = f"{LIMITS.expert_budget_bytes >> 20}MiB"
@@ -92,6 +96,7 @@ def collect(
     policy: Policy,
     eviction: EvictionName,
     prefetch: bool,
+    max_draft: int,
 ) -> EngineFlags:
     """The flags of a command as one value; each is named as on the command line.
 
@@ -105,6 +110,7 @@ def collect(
         policy=policy,
         eviction=eviction,
         prefetch=prefetch,
+        max_draft=max_draft,
     )
     return EngineFlags(
         repertoire=repertoire, trust=trust, base=base, dtype=dtype, step=step, threads=threads, limits=limits

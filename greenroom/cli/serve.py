@@ -37,6 +37,7 @@ def serve(
     policy: flags.PolicyFlag = flags.LIMITS.policy,
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,
     prefetch: flags.PrefetchFlag = flags.LIMITS.prefetch,
+    max_draft: flags.DraftFlag = flags.LIMITS.max_draft,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     step: flags.StepFlag = flags.DEFAULT_STEP,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,

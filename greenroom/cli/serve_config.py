@@ -42,6 +42,7 @@ class EngineSection(_Section):
     policy: Policy = flags.LIMITS.policy
     eviction: EvictionName = flags.LIMITS.eviction
     prefetch: bool = flags.LIMITS.prefetch
+    max_draft: Annotated[int, Field(ge=0)] = flags.LIMITS.max_draft
 
 
 class ServerSection(_Section):

@@ -181,11 +181,8 @@ class StepRunner:
         row = 0
         while row < len(sequences):
             draft = drafts.get(sequences[row], ())
-            held = (
-                self._drafting.judge(sequences[row], draft, logits[row : row + len(draft)].argmax(1).tolist())
-                if draft
-                else 0
-            )
+            best = logits[row : row + len(draft)].argmax(1).tolist()
+            held = self._drafting.judge(sequences[row], draft, best) if draft else 0
             kept += range(row, row + held + 1)
             row += len(draft) + 1
         return [sequences[row] for row in kept], logits[kept]
