@@ -34,9 +34,9 @@ from synthetic import make_repertoire
 from greenroom.cli.places import cache_folder
 from greenroom.cli.serve_config import DEFAULTS
 from runtime.engine.engine import Engine
-from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Request, SamplingParams
+from runtime.engine.step_model import load_dtype, make_step_model
 from runtime.model.base import load_base, resolve_base
 from runtime.model.generation import open_generation
 from runtime.service.guard import Guard
@@ -215,6 +215,8 @@ def main() -> None:
         "--folder", type=Path, default=Path("build/service"), help="where the synthetic repertoire goes"
     )
     parser.add_argument("--base", default="smollm2")
+    parser.add_argument("--dtype", default=DEFAULTS.engine.dtype, help="of the base's weights")
+    parser.add_argument("--threads", type=int, default=DEFAULTS.engine.threads)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer, for the overhead")
@@ -222,12 +224,24 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "load", "overhead"), default="all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "service.json")
     options = parser.parse_args()
-    base = load_base(resolve_base(options.base, cache=cache_folder()), dtype=torch.float32, device=torch.device("cpu"))
+    folder, dtype = resolve_base(options.base, cache=cache_folder()), load_dtype(options.dtype)
+    base = load_base(folder, dtype=dtype, device=torch.device("cpu"))
     repertoire = make_repertoire(options.folder, base, NUM_TASKS, rank=8, locate=True)
-    model = LlamaModel(base.model, max_context=512)
+    threads = options.threads or torch.get_num_threads()
+    model = make_step_model(
+        base.model,
+        max_context=512,
+        weights=options.dtype,
+        step=DEFAULTS.engine.step,
+        folder=cache_folder() / "native",
+        threads=threads,
+    )
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} at the start",
         "command": "python " + " ".join(sys.argv),
+        "weights": options.dtype,
+        "step": type(model).__name__,
+        "threads": threads,
     }
     parts = {
         "load": lambda engine: load_and_faults(engine, options.streams, options.seconds),

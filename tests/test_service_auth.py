@@ -112,6 +112,16 @@ def test_a_request_in_the_name_of_another_tenant_is_denied() -> None:
         pass_through(auth, call_of(token=INFER, message=SimpleNamespace(tenant="operator")))
 
 
+def test_the_engine_is_told_the_tokens_tenant_and_no_other(serving: Serving, engine: ScriptedEngine) -> None:
+    with Client(serving.target, token=INFER) as client:
+        client.generate("own")
+        client.generate("named", tenant="search")
+        for call in (client.generate, client.locate):
+            with pytest.raises(greenroom.PermissionDeniedError):
+                call("foreign", tenant="operator")
+    assert [(request.text, request.tenant) for request in engine.requests] == [("own", "search"), ("named", "search")]
+
+
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", f"Basic {INFER}", INFER])
 def test_a_header_that_is_no_bearer_token_is_unauthenticated(header: str | None) -> None:
     with pytest.raises(UnauthenticatedError):

@@ -55,7 +55,7 @@ class ServerSection(_Section):
     follow: Annotated[float, Field(ge=0)] = 2.0
     ready_file: Path | None = None
     max_message: str = "64MiB"
-    coalesce: Annotated[float, Field(ge=0, le=1)] = 0.02
+    coalesce: Annotated[float, Field(ge=0, le=1)] = 0.04
     max_calls: Annotated[int, Field(ge=1, le=100_000)] = 1024
     tokens: Path | None = None
 
