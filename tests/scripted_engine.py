@@ -139,6 +139,8 @@ class ScriptedEngine:
             waiting=1,
             steps=2,
             tokens=3,
+            drafted_tokens=5,
+            accepted_tokens=4,
             kv_bytes_reserved=4,
             stall_s=0.5,
             memory=MEMORY,

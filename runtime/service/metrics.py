@@ -122,6 +122,8 @@ class _EngineCollector:
         counters: dict[str, tuple[str, float]] = {
             "steps": ("Steps of the engine; tokens per step is the mean batch.", now.steps),
             "generated_tokens": ("Tokens generated.", now.tokens),
+            "drafted_tokens": ("Tokens tried ahead of greedy answers.", now.drafted_tokens),
+            "accepted_tokens": ("Of these, how many were right.", now.accepted_tokens),
             "stall_seconds": ("Seconds in which sequences waited for experts.", now.stall_s),
         }
         for name, (text, count) in counters.items():

@@ -6,6 +6,7 @@ Read first: only GET /metrics is answered; at most `MAX_THREADS` scrapes run at 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from typing import Any
 
 from runtime.errors import InvalidInputError
 from runtime.service.metrics import CONTENT_TYPE, Metrics
+
+_log = logging.getLogger(__name__)
 
 MAX_THREADS = 2
 TIMEOUT_S = 10.0
@@ -76,8 +79,10 @@ class _PooledServer(HTTPServer):
     def _answer(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - a socket and where it leads
         try:
             self.finish_request(request, client_address)
-        except OSError:
-            pass  # whoever asked has gone
+        except OSError as error:
+            _log.debug("whoever asked for metrics has gone: %s", error)
+        except Exception:
+            _log.exception("the metrics cannot be told")
         finally:
             self.shutdown_request(request)
 
