@@ -81,7 +81,7 @@ class _PooledServer(HTTPServer):
             self.finish_request(request, client_address)
         except OSError as error:
             _log.debug("whoever asked for metrics has gone: %s", error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a defect is logged, and the next scrape may work
             _log.exception("the metrics cannot be told")
         finally:
             self.shutdown_request(request)
