@@ -1,4 +1,4 @@
-"""Target `onnx-experts`: the experts' part of an FFN as graphs whose expert weights are inputs.
+"""Target `onnx-experts`: the experts' part of a layer's linears as graphs whose expert weights are inputs.
 
 It knows no task and no expert: one pair of files serves all of them, and experts swap without another export.
 Read first: packed as in `runtime.kernels.mixture`. Row r of `a` and `b` belongs to expert `owner[r]`, a column of
@@ -18,11 +18,13 @@ from exporters.onnx_graph import Progress, build_model, write_verified
 from exporters.options import Source
 from exporters.verify import SIZES, Case, Wanted
 from runtime.kernels.mixture import PackedUpdate, mixture_loop, pack
-from runtime.model.expert import Expert, LowRank
-from runtime.model.manifest import BaseRef, Target
+from runtime.model.expert import Expert, LowRank, linear_widths
+from runtime.model.manifest import ATTENTION_TARGETS, BaseRef, Target
 
 GATE_UP: tuple[Target, ...] = ("gate", "up")
 DOWN: tuple[Target, ...] = ("down",)
+QKV: tuple[Target, ...] = ("q", "k", "v")
+OUT: tuple[Target, ...] = ("o",)
 
 RANKS = ((1,), (4, 2, 8), (), (16, 3, 3, 64))
 """Per random case the ranks of the experts: one, mixed, no expert at all, many."""
@@ -43,13 +45,19 @@ Experts = Sequence[Expert]
 def write_experts(source: Source, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
     """Write `gate-up.onnx` and `down.onnx` into `folder`, verified on random experts and on those of every task.
 
+    Where an expert updates attention, `qkv.onnx` and `out.onnx` come beside them.
+
     Raises:
         RepertoireError: an expert cannot be read.
         ExportMismatchError: see `exporters.verify`.
     """
     base = source.generation.manifest.base
     entries = []
-    for name, targets in (("gate-up.onnx", GATE_UP), ("down.onnx", DOWN)):
+    units = [unit for entry in source.generation.manifest.experts for unit in entry.units]
+    files = [("gate-up.onnx", GATE_UP), ("down.onnx", DOWN)]
+    if any(target in ATTENTION_TARGETS for unit in units for target in unit.ranks):
+        files += [("qkv.onnx", QKV), ("out.onnx", OUT)]
+    for name, targets in files:
         facts: Facts = {"targets": list(targets), "width": base.width, "ffn_width": base.ffn_width}
         model = build_model(_graph(targets, base), {}, facts)
         entries.append(write_verified(folder / name, model, facts, _cases(source, targets), on_progress))
@@ -57,10 +65,12 @@ def write_experts(source: Source, folder: Path, on_progress: Progress) -> tuple[
 
 
 def _graph(targets: Sequence[Target], base: BaseRef) -> str:
-    wide, narrow = _widths(targets[0], base)
-    places = [{"t": target, "S": f"S_{target}", "wide": wide, "narrow": narrow} for target in targets]
+    wide = linear_widths(targets[0], base)[0]
+    places = [
+        {"t": target, "S": f"S_{target}", "wide": wide, "narrow": linear_widths(target, base)[1]} for target in targets
+    ]
     inputs = ", ".join(_INPUTS.format(**place) for place in places)
-    outputs = ", ".join(f"float[T, {narrow}] {target}_update" for target in targets)
+    outputs = ", ".join(f"float[T, {place['narrow']}] {place['t']}_update" for place in places)
     body = "".join(_UPDATE.format(**place) for place in places)
     name = "_".join(targets)
     return f"{name} (float[T, {wide}] x, float[T, E] weights, {inputs}) => ({outputs}) {{{body}}}"
@@ -71,7 +81,7 @@ def _cases(source: Source, targets: Sequence[Target]) -> Iterator[Case]:
     manifest, generator = source.generation.manifest, torch.Generator().manual_seed(0)
     for size in SIZES:
         for ranks in RANKS:
-            experts = [_random_expert(rank, manifest.base, generator) for rank in ranks]
+            experts = [_random_expert(rank, targets, manifest.base, generator) for rank in ranks]
             yield expert_case(experts, targets, manifest.base, size, generator)
     for mixture in source.generation.mixtures.values():
         for layer, router in list(mixture.routers.items())[:1]:
@@ -87,13 +97,13 @@ def expert_case(
     experts: Experts, targets: Sequence[Target], base: BaseRef, size: int, generator: torch.Generator
 ) -> Case:
     """`size` random tokens through `experts`, with random weights of which half are 0, as the loop computes it."""
-    x = torch.randn(size, _widths(targets[0], base)[0], generator=generator)
+    x = torch.randn(size, linear_widths(targets[0], base)[0], generator=generator)
     count = max(1, len(experts))
     weights = torch.rand(size, count, generator=generator) * (torch.rand(size, count, generator=generator) < 0.5)
     inputs, outputs = {"x": x, "weights": weights}, {}
     for target in targets:
         members = [(e, expert) for e, expert in enumerate(experts) if target in expert.updates]
-        narrow = _widths(target, base)[1]
+        narrow = linear_widths(target, base)[1]
         if members:
             updates = [expert.updates[target] for _, expert in members]
             a, b = [update.a for update in updates], [update.b for update in updates]
@@ -110,15 +120,10 @@ def expert_case(
     return Case(size=size, inputs=inputs, outputs=outputs)
 
 
-def _random_expert(rank: int, base: BaseRef, generator: torch.Generator) -> Expert:
+def _random_expert(rank: int, targets: Sequence[Target], base: BaseRef, generator: torch.Generator) -> Expert:
     updates: dict[Target, LowRank] = {}
-    for target in (*GATE_UP, *DOWN):
-        wide, narrow = _widths(target, base)
+    for target in targets:
+        wide, narrow = linear_widths(target, base)
         a = torch.randn(rank, wide, generator=generator) / wide**0.5
         updates[target] = LowRank(a, torch.randn(narrow, rank, generator=generator))
     return Expert(layer=0, scale=2.0, updates=updates)
-
-
-def _widths(target: Target, base: BaseRef) -> tuple[int, int]:
-    """Input and output width of a linear."""
-    return (base.ffn_width, base.width) if target == "down" else (base.width, base.ffn_width)

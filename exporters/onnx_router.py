@@ -1,4 +1,4 @@
-"""Target `onnx-router`: a task's top-k routers of all layers, as one graph per task.
+"""Target `onnx-router`: a task's routers of all layers, top-k or Arrow, as one graph per task.
 
 It does not know the experts, only the columns they stand for; `facts` name them.
 Read first: the routers of all layers are stacked over the task's whole visible set. Slot 0 is a layer without any
@@ -7,8 +7,9 @@ expert, and a layer that has no router falls into it: its weights are all zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -31,7 +32,8 @@ router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {
     has_expert = Gather<axis = 0>(has_experts, slot)
     logits = MatMul(x, router_weight)
     never = Constant<value_float = -1e30>()
-    masked = Where(has_expert, logits, never)
+    scores = {score}(logits)
+    masked = Where(has_expert, scores, never)
     num_chosen = Constant<value_ints = [{num_chosen}]>()
     chosen_logits, columns = TopK<axis = 1>(masked, num_chosen)
     probabilities = Softmax<axis = 1>(chosen_logits)
@@ -43,6 +45,9 @@ router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {
     weights = ScatterElements<axis = 1>(no_weights, columns, chosen_weights)
 }}
 """
+
+_SCORES: Mapping[str, str] = MappingProxyType({"top_k": "Identity", "arrow": "Abs"})
+"""Kind of router -> the operation that makes scores of its logits."""
 
 
 def write_routers(generation: Generation, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
@@ -57,19 +62,21 @@ def write_routers(generation: Generation, folder: Path, on_progress: Progress) -
         visible = generation.manifest.task(mixture.task).router.visible
         if not visible:
             continue
-        if mixture.kind != "top_k":
+        if mixture.kind not in _SCORES:
             raise InvalidInputError("target", "onnx-router", f"task {mixture.task} has a router of kind {mixture.kind}")
         facts: Facts = {
             "task": mixture.task,
             "columns": list(visible),
             "layers": list(mixture.routers),
             "top_k": mixture.top_k,
+            "kind": mixture.kind,
         }
         columns = router_columns(generation.manifest, mixture.task)
         graph = _GRAPH.format(
             width=generation.manifest.base.width,
             num_experts=len(visible),
             num_chosen=min(mixture.top_k, len(visible)),
+            score=_SCORES[mixture.kind],
         )
         model = build_model(graph, _tensors(mixture, columns, len(visible)), facts)
         cases = router_cases(mixture, columns, len(visible))
@@ -116,6 +123,7 @@ def router_cases(mixture: Mixture, columns: dict[int, list[int]], num_experts: i
             wanted = Wanted(weights)
             if layer in mixture.routers:
                 logits = x @ mixture.routers[layer].weight.t()
+                logits = logits.abs() if mixture.kind == "arrow" else logits
                 k = torch.full((size,), mixture.top_k)
                 everything = torch.ones_like(logits, dtype=torch.bool)
                 weights[:, columns[layer]] = top_k_weights(logits, everything, k, mixture.top_k)

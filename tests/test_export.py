@@ -80,7 +80,7 @@ def test_the_manifest_says_what_the_files_are_and_what_was_checked(three_tasks: 
         ("weights", "float32", ("T", 3)),
     ]
     columns = [entry.digest for entry in manifest.experts]
-    assert blue.facts == {"task": "blue", "columns": columns, "layers": [2, 3], "top_k": 2}
+    assert blue.facts == {"task": "blue", "columns": columns, "layers": [2, 3], "top_k": 2, "kind": "top_k"}
     for file in (entry, *router.manifest.files):
         assert file.opset == 18
         for check in file.checks:
