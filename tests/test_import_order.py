@@ -32,6 +32,7 @@ MODEL_AND_BELOW = {"runtime.errors", "runtime.kernels", "runtime.model"}
 MAY_IMPORT: dict[str, set[str]] = {
     **BELOW,
     "runtime.service": BELOW["runtime.service"] | {"greenroom.pb"},
+    "runtime.scale": BELOW["runtime.scale"] | {"greenroom.pb"},
     "training": MODEL_AND_BELOW,
     "exporters": MODEL_AND_BELOW,
     "greenroom.pb": set(),

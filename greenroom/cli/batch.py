@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
 from greenroom.cli import engine_flags as flags
+from greenroom.cli.ray_choice import RAY, RayChoice
 from runtime.batch.rows import SHARD_ROWS
 from runtime.engine.request import SamplingParams
 
@@ -51,6 +52,9 @@ def batch(
         int, typer.Option(help="New tokens at most, where a row does not say.")
     ] = _DEFAULT.max_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _DEFAULT.temperature,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the model's end token, for measurements.")
+    ] = _DEFAULT.ignore_eos,
     seed: Annotated[int | None, typer.Option(help="Of sampling; each row adds its line. By default: 0.")] = None,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
@@ -60,9 +64,15 @@ def batch(
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     step: flags.StepFlag = flags.DEFAULT_STEP,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
+    ray: Annotated[bool, typer.Option("--ray", help="Let workers on a Ray cluster do it.")] = False,
+    ray_address: Annotated[
+        str, typer.Option(help="local: a cluster on this machine alone; auto: the one it is part of; or HOST:PORT.")
+    ] = RAY.address,
+    ray_workers: Annotated[int, typer.Option(min=1, help="Workers, each with its own engine.")] = RAY.num_workers,
+    ray_gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of each worker.")] = RAY.num_gpus,
 ) -> None:
     """Answer every row of a file; the tasks are located first, then rows are answered task by task."""
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     chosen = flags.collect(
         repertoire=repertoire,
         trust=trust,
@@ -78,21 +88,19 @@ def batch(
         prefetch=False,  # tasks are known before they are needed
         max_draft=flags.LIMITS.max_draft,
     )
-    from greenroom.cli.batch_job import check_places, engine_for_batch, make_job
+    from greenroom.cli.batch_job import check_places, make_job, opened, worked
     from runtime.batch.run import run_batch
-    from runtime.batch.workers import OneEngine
 
     places = check_places(source, target, source_format=source_format, target_format=target_format)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with console.status("loading the base model"):
-        engine = engine_for_batch(chosen, generation=generation, shard_rows=shard_rows)
-    job = make_job(places, chosen, engine.generation, sampling=sampling, shard_rows=shard_rows, fresh=fresh)
-    engine.start()
-    try:
-        with shown(console) as on_progress:
-            report = run_batch(job, OneEngine(engine), on_progress=on_progress)
-    finally:
-        engine.close()
+    cluster = RayChoice(address=ray_address, num_workers=ray_workers, num_gpus=ray_gpus) if ray else None
+    with opened(chosen, generation) as found:
+        job = make_job(places, chosen, found, sampling=sampling, shard_rows=shard_rows, fresh=fresh)
+        with (
+            worked(chosen, job, cluster, on_wait=console.status) as workers,
+            shown(console) as on_progress,
+        ):
+            report = run_batch(job, workers, on_progress=on_progress)
     console.print(
         f"{report.answered} of {report.rows} rows answered, {report.failed} left out, {report.tokens} tokens in "
         f"{report.seconds:.1f} s ({report.tokens_per_s:.0f} tokens/s), {report.expert_loads} expert sets read"

@@ -70,6 +70,21 @@ def serve(
         Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged.")
     ] = DEFAULTS.log.level,
     traces_endpoint: Annotated[str | None, typer.Option(help="OTLP endpoint, as in http://localhost:4317.")] = None,
+    ray_enabled: Annotated[
+        bool, typer.Option("--ray", help="Many replicas on a Ray cluster behind one entry.")
+    ] = False,
+    ray_address: Annotated[
+        str, typer.Option(help="local: a cluster on this machine alone; auto: the one it is part of; or HOST:PORT.")
+    ] = DEFAULTS.ray.address,
+    ray_replicas: Annotated[int, typer.Option(min=1, help="Engines, unless they are scaled.")] = DEFAULTS.ray.replicas,
+    ray_gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of each replica.")] = DEFAULTS.ray.gpus,
+    ray_min_replicas: Annotated[int | None, typer.Option(min=0, help="Scale replicas: at least.")] = None,
+    ray_max_replicas: Annotated[int | None, typer.Option(min=1, help="Scale replicas: at most.")] = None,
+    ray_target_ongoing_requests: Annotated[
+        float | None, typer.Option(help="Scale replicas: requests that each should have.")
+    ] = None,
+    ray_upscale_delay_s: Annotated[float | None, typer.Option(help="Scale replicas: patience upwards.")] = None,
+    ray_downscale_delay_s: Annotated[float | None, typer.Option(help="Scale replicas: patience downwards.")] = None,
 ) -> None:
     """Serve a repertoire over gRPC until SIGTERM or SIGINT."""
     chosen = load_config(config, given_flags(context, locals()))
@@ -92,6 +107,11 @@ def given_flags(context: typer.Context, values: dict[str, Any]) -> dict[str, Any
 
 def serve_as(chosen: ServeConfig) -> None:
     """Serve what the configuration says until a signal comes."""
+    if chosen.ray.enabled:
+        from greenroom.cli.serve_ray import serve_on_ray
+
+        serve_on_ray(chosen)
+        return
     engine_flags = chosen.engine_flags()
     from greenroom.cli.build_engine import build_engine, open_repertoire
     from greenroom.cli.serve_parts import logging_as, make_front, make_server, serving_metrics, tracing_as

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greenroom.cli import engine_flags as flags
+from greenroom.cli.ray_choice import RAY
 from runtime.engine.options import Policy
 from runtime.errors import InvalidInputError
 from runtime.kernels.step_kinds import StepKind, WeightKind
@@ -82,6 +83,25 @@ class HttpSection(_Section):
     port: Port | None = None
 
 
+class RaySection(_Section):
+    """Many replicas on a Ray cluster; see `runtime.scale.serve_app.ClusterOptions`."""
+
+    enabled: bool = False
+    address: str = RAY.address
+    replicas: Annotated[int, Field(ge=1)] = RAY.num_workers
+    gpus: Annotated[float, Field(ge=0)] = RAY.num_gpus
+    min_replicas: Annotated[int, Field(ge=0)] | None = None
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    upscale_delay_s: Annotated[float, Field(ge=0)] | None = None
+    downscale_delay_s: Annotated[float, Field(ge=0)] | None = None
+
+    def autoscaling(self) -> dict[str, float]:
+        """What was said of scaling, under Ray Serve's own names."""
+        names = ("min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
 class LogSection(_Section):
     """How log lines look, and how much there is."""
 
@@ -107,6 +127,7 @@ class ServeConfig(_Section):
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
     traces: TracesSection = TracesSection()
+    ray: RaySection = RaySection()
 
     def engine_flags(self) -> flags.EngineFlags:
         """What the engine is built from.
@@ -126,6 +147,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
     "metrics": MetricsSection,
     "log": LogSection,
     "traces": TracesSection,
+    "ray": RaySection,
 }
 
 

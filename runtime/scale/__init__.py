@@ -1,0 +1,1 @@
+"""Many machines: offline runs on Ray Data, serving on Ray Serve."""

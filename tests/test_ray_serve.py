@@ -1,0 +1,196 @@
+"""Serving on Ray Serve: requests go where their experts are, a killed replica costs little, publishing reaches all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from ray_engines import ByWords, build_noted, follow_fast, tiny_flags
+from repertoires import Workshop
+
+from greenroom import Client
+from greenroom.client_errors import GreenroomClientError, InvalidRequestError, NotFoundError, UnavailableError
+from runtime.scale.choice import Sent, choose
+from runtime.scale.cluster import connected
+from runtime.scale.serve_app import ClusterOptions, run_application
+
+ROOT = Path(__file__).parent.parent
+TASKS = ("red", "green", "blue")
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        threading.Event().wait(0.05)
+
+
+class Cluster:
+    """Two replicas on one machine, which can be started anew with other routing."""
+
+    def __init__(self, workshop: Workshop, base: Path, notes: Path) -> None:
+        self.notes = notes
+        self.flags = tiny_flags(workshop.repertoire.root, base, max_running=4)
+        self.grpc_port, self.http_port = free_port(), free_port()
+
+    def run(self, **options: object) -> None:
+        run_application(
+            partial(build_noted, self.flags, self.notes),
+            partial(follow_fast, self.flags),
+            ByWords,
+            ClusterOptions(
+                replicas=2,
+                told_every_s=0.5,
+                grpc_port=self.grpc_port,
+                http_port=self.http_port,
+                **options,  # type: ignore[arg-type]
+            ),
+        )
+
+    def post(self, path: str, body: object) -> tuple[int, dict[str, object]]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.http_port}{path}", json.dumps(body).encode(), method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+
+
+@pytest.fixture
+def cluster(
+    three_tasks: Workshop, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Cluster]:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # for Ray's processes
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    with connected("local", num_cpus=2):
+        from ray import serve
+
+        try:
+            yield Cluster(three_tasks, tiny_base_folder, notes)
+        finally:
+            serve.shutdown()
+
+
+def bytes_read(client: Client) -> int:
+    answers = [client.generate(f"{TASKS[i % 3]} x", task=TASKS[i % 3], max_tokens=2) for i in range(12)]
+    return sum(use.bytes_read for answer in answers for use in answer.routing.experts)
+
+
+def test_a_cluster_routes_by_task_survives_a_killed_replica_and_takes_new_generations(
+    cluster: Cluster, three_tasks: Workshop
+) -> None:
+    cluster.run(by_task=False)
+    with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
+        turns = bytes_read(client)
+    from ray import serve
+
+    serve.delete("greenroom")
+    cluster.run(by_task=True)
+    with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
+        assert bytes_read(client) * 2 <= turns, "each expert is read by one replica instead of by both"
+        _answers_are_those_of_one_engine(client, three_tasks)
+        _errors_keep_their_status(client)
+        _http_answers_too(cluster)
+        three_tasks.publish("gold", "zz yy xx", rank=4)
+        wait_until(lambda: all(_knows(client, "gold") for _ in range(6)))
+        _a_killed_replica_costs_only_unavailable(cluster, client)
+
+
+def _answers_are_those_of_one_engine(client: Client, workshop: Workshop) -> None:
+    text = "aaaa bbbb cccc"
+    tokens = workshop.reference(text, "red", 4).argmax(1).tolist()
+    answer = client.generate(text, max_tokens=4, ignore_eos=True)
+    assert (answer.text, answer.routing.task) == (workshop.base.tokenizer.decode(tokens), "red")
+
+
+def _errors_keep_their_status(client: Client) -> None:
+    with pytest.raises(NotFoundError, match="UNKNOWN_TASK: "):
+        client.generate("x", task="purple")
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        client.generate("x", temperature=99.0)
+
+
+def _http_answers_too(cluster: Cluster) -> None:
+    body = {"model": "red", "prompt": "aaaa", "max_tokens": 3}
+    status, answer = cluster.post("/v1/completions", body)
+    assert (status, answer["model"], answer["object"]) == (200, "red", "text_completion")
+    assert cluster.post("/v1/completions", {**body, "model": "purple"})[0] == 404
+    assert cluster.post("/v1/completions", {**body, "n": 2})[0] == 400
+
+
+def _knows(client: Client, task: str) -> bool:
+    try:
+        return client.generate("x", task=task, max_tokens=1).routing.task == task
+    except GreenroomClientError:
+        return False
+
+
+def _a_killed_replica_costs_only_unavailable(cluster: Cluster, client: Client) -> None:
+    failures: list[Exception] = []
+    answers: list[str] = []
+    stopping = threading.Event()
+
+    def ask(task: str) -> None:
+        while not stopping.is_set():
+            try:
+                answers.append(client.generate(f"{task} x", task=task, max_tokens=16, ignore_eos=True).text)
+            except Exception as error:  # noqa: BLE001 - judged below
+                failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(task,)) for task in TASKS]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(answers) > 6)
+    living = [int(note.name) for note in cluster.notes.iterdir() if Path(f"/proc/{note.name}").exists()]
+    os.kill(living[0], signal.SIGKILL)
+    known = len(living)
+    wait_until(lambda: len(list(cluster.notes.iterdir())) > known)
+    before = len(answers)
+    wait_until(lambda: len(answers) > before + 10)
+    stopping.set()
+    for thread in threads:
+        thread.join(60)
+    assert {type(error) for error in failures} <= {UnavailableError}
+    assert [client.generate(f"{task} x", task=task, max_tokens=1).routing.task for task in TASKS] == list(TASKS)
+
+
+def test_a_request_goes_home_unless_home_is_much_busier() -> None:
+    waiting = {"a": 3, "b": 1, "c": 2}
+    assert choose({"a"}, waiting, spread=4) == ["a", "b", "c"]
+    assert choose({"a"}, waiting, spread=2) == ["b", "c", "a"]
+    assert choose({"a", "c"}, waiting, spread=4) == ["c", "b", "a"]
+    assert choose({"gone"}, waiting, spread=4) == ["b", "c", "a"]
+    assert choose({"a"}, {}, spread=4) == []
+
+
+def test_what_was_sent_is_remembered_until_the_replica_says_otherwise() -> None:
+    sent = Sent(limit=2)
+    sent.add("red", "a")
+    sent.add("red", "b")
+    sent.add("green", "a")
+    assert sent.homes("red") == {"a", "b"}
+    sent.correct("a", ["green"])
+    assert (sent.homes("red"), sent.homes("green")) == ({"b"}, {"a"})
+    sent.add("blue", "a")
+    assert sent.homes("red") == frozenset()
