@@ -218,7 +218,11 @@ class MemoryStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStatistics:
-    """Sequences running and requests waiting now; steps and tokens since the server started; KV cache in bytes."""
+    """Sequences running and requests waiting now; steps and tokens since the server started; KV cache in bytes.
+
+    `prefix_*` is of prompts whose beginning was known: how many, the tokens they saved below the experts and from
+    their first layer on, and the bytes that are kept.
+    """
 
     running: int
     waiting: int
@@ -226,6 +230,10 @@ class EngineStatistics:
     tokens: int
     kv_bytes_reserved: int
     stall_s: float
+    prefix_hits: int = 0
+    prefix_base_tokens: int = 0
+    prefix_adapted_tokens: int = 0
+    prefix_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -230,6 +230,10 @@ def description(message: pb.DescribeResponse) -> results.Description:
             tokens=engine.tokens,
             kv_bytes_reserved=engine.kv_bytes_reserved,
             stall_s=engine.stall_seconds,
+            prefix_hits=engine.prefix_hits,
+            prefix_base_tokens=engine.prefix_base_tokens,
+            prefix_adapted_tokens=engine.prefix_adapted_tokens,
+            prefix_bytes=engine.prefix_bytes,
         ),
     )
 

@@ -143,6 +143,10 @@ class ScriptedEngine:
             accepted_tokens=4,
             kv_bytes_reserved=4,
             stall_s=0.5,
+            prefix_hits=6,
+            prefix_base_tokens=7,
+            prefix_adapted_tokens=8,
+            prefix_bytes=9,
             memory=MEMORY,
         )
 

@@ -27,6 +27,9 @@ BaseFlag = Annotated[
     typer.Option("--base", help="Known name or folder of the base model. By default: what the repertoire names."),
 ]
 ExpertMemoryFlag = Annotated[str, typer.Option("--expert-memory", help="Bytes of experts in memory, as in 64MiB.")]
+PrefixMemoryFlag = Annotated[
+    str, typer.Option("--prefix-memory", help="Bytes kept of earlier prompts' beginnings; 0B keeps none.")
+]
 KvMemoryFlag = Annotated[str, typer.Option("--kv-memory", help="Bytes of KV cache, as in 1GiB.")]
 MaxRunningFlag = Annotated[int, typer.Option("--max-running", min=1, help="Sequences in the running batch at most.")]
 DtypeFlag = Annotated[WeightKind, typer.Option("--dtype", help="What the weights of the base model are kept in.")]
@@ -51,6 +54,7 @@ DraftFlag = Annotated[
 LIMITS = EngineOptions()
 DEFAULT_EXPERT_MEMORY = f"{LIMITS.expert_budget_bytes >> 20}MiB"
 DEFAULT_KV_MEMORY = f"{LIMITS.kv_budget_bytes >> 20}MiB"
+DEFAULT_PREFIX_MEMORY = f"{LIMITS.prefix_budget_bytes >> 20}MiB"
 DEFAULT_DTYPE: WeightKind = "float32"
 DEFAULT_STEP: StepKind = "auto"
 DEFAULT_THREADS = 0
@@ -92,6 +96,7 @@ def collect(
     threads: int,
     expert_memory: str,
     kv_memory: str,
+    prefix_memory: str,
     max_running: int,
     policy: Policy,
     eviction: EvictionName,
@@ -106,6 +111,7 @@ def collect(
     limits = EngineOptions(
         expert_budget_bytes=parse_size("expert_memory", expert_memory),
         kv_budget_bytes=parse_size("kv_memory", kv_memory),
+        prefix_budget_bytes=parse_size("prefix_memory", prefix_memory, least=0),
         max_running=max_running,
         policy=policy,
         eviction=eviction,
@@ -117,11 +123,11 @@ def collect(
     )
 
 
-def parse_size(field: str, text: str) -> int:
+def parse_size(field: str, text: str, *, least: int = 1) -> int:
     """Bytes of "64MiB", "1.5GB" or "1000"; "iB" counts in powers of 1024, "B" in powers of 1000; case is free.
 
     Raises:
-        InvalidInputError: anything else, or less than one byte; carries `field`.
+        InvalidInputError: anything else, or fewer than `least` bytes; carries `field`.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
@@ -129,6 +135,6 @@ def parse_size(field: str, text: str) -> int:
     unit = match[2].lower()
     base = 1024 if "i" in unit else 1000
     num_bytes = int(float(match[1]) * base ** _POWERS[unit.rstrip("ib")])
-    if num_bytes < 1:
+    if num_bytes < least:
         raise InvalidInputError(field, text, "must be at least one byte")
     return num_bytes

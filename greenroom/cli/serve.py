@@ -33,6 +33,7 @@ def serve(
     ] = _SERVER.name,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
+    prefix_memory: flags.PrefixMemoryFlag = flags.DEFAULT_PREFIX_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,
     policy: flags.PolicyFlag = flags.LIMITS.policy,
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,

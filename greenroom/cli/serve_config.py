@@ -39,6 +39,7 @@ class EngineSection(_Section):
     threads: Annotated[int, Field(ge=0)] = flags.DEFAULT_THREADS
     expert_memory: str = flags.DEFAULT_EXPERT_MEMORY
     kv_memory: str = flags.DEFAULT_KV_MEMORY
+    prefix_memory: str = flags.DEFAULT_PREFIX_MEMORY
     max_running: Annotated[int, Field(ge=1)] = flags.LIMITS.max_running
     policy: Policy = flags.LIMITS.policy
     eviction: EvictionName = flags.LIMITS.eviction

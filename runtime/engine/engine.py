@@ -26,6 +26,8 @@ from runtime.engine.grammar import Grammars
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
+from runtime.engine.passage import Passage
+from runtime.engine.prefix import PrefixCache
 from runtime.engine.request import Request
 from runtime.engine.runner import StepRunner
 from runtime.engine.scheduler import Scheduler
@@ -94,12 +96,15 @@ class Engine:
         first_layer = generation.manifest.first_layer
         self._drafting = Drafting(options.max_draft)
         self._runner = StepRunner(model, self._cache, self._drafting, first_layer=first_layer)
-        self._casting = Casting(
-            self.memory,
-            first_layer=first_layer,
-            num_layers=len(model.layers),
-            embed=lambda ids: model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device)),
+
+        def embed(ids: list[int]) -> torch.Tensor:
+            return model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+
+        self._casting = Casting(self.memory, first_layer=first_layer, num_layers=len(model.layers), embed=embed)
+        self._prefixes = PrefixCache(
+            self._cache, first_layer=first_layer, budget_bytes=options.prefix_budget_bytes, embed=embed
         )
+        self._passage = Passage(self._casting, self._prefixes, num_layers=len(model.layers), embed=embed)
         self._arrival = Arrival(
             tokenizer,
             self._cache,
@@ -110,7 +115,7 @@ class Engine:
         self._scheduler = Scheduler(
             acquire_slot=self._acquire_slot,
             stage=self._casting.stage,
-            layers_ready=self._casting.layers_ready,
+            layers_ready=self._passage.layers_ready,
             max_step_tokens=options.max_step_tokens,
             max_passes=options.max_passes,
             policy=options.policy,
@@ -229,6 +234,10 @@ class Engine:
                 kv_bytes_reserved=self._cache.reserved_bytes,
                 stall_s=self._casting.stall_s,
                 memory=self.memory.statistics(),
+                prefix_hits=self._prefixes.hits,
+                prefix_base_tokens=self._prefixes.base_tokens,
+                prefix_adapted_tokens=self._prefixes.adapted_tokens,
+                prefix_bytes=self._prefixes.num_bytes,
             )
 
     def drain(self, grace_s: float) -> None:
@@ -255,6 +264,7 @@ class Engine:
         self.memory.check_integrity()
         assert self.memory.statistics().reserved_bytes == 0, "expert reservations leaked"
         self._cache.check_integrity()
+        self._prefixes.check_integrity()
         assert self._cache.reserved_bytes == 0, "KV slots leaked"
 
     def _wake(self) -> None:
@@ -306,18 +316,13 @@ class Engine:
     def _run(self, step: Step) -> None:
         done, logits = self._runner.run(step)
         self._steps += 1
+        self._passage.advance(step.prompts)
         self._tokens += self._speaking.speak(done, logits)
-        for part in step.prompts:
-            if not part.sequence.decided and part.sequence.layers_done == part.layers.stop:
-                self._casting.decide(part.sequence)
 
     def _acquire_slot(self, sequence: Sequence) -> bool:
         if not self._speaking.acquire_slots(sequence):
             return False
-        self._casting.begin(sequence)
-        if not sequence.decided and sequence.generation.manifest.first_layer == 0:  # no layer runs before the experts
-            sequence.residual = self._model.embed(torch.tensor(sequence.prompt, device=self._model.device))
-            self._casting.decide(sequence)
+        self._passage.begin(sequence)
         return True
 
     def _give_back(self, sequence: Sequence) -> None:

@@ -22,6 +22,7 @@ class EngineOptions:
     Args:
         expert_budget_bytes: expert tensors in host memory.
         kv_budget_bytes: keys and values that running sequences may come to hold.
+        prefix_budget_bytes: keys and values of earlier prompts' beginnings, kept for later ones; 0 keeps none.
         max_running: sequences that run at once; each has a KV slot.
         max_waiting: requests accepted but not running; more are refused.
         max_context: tokens of prompt and answer together.
@@ -39,6 +40,7 @@ class EngineOptions:
 
     expert_budget_bytes: int = 256 << 20
     kv_budget_bytes: int = 1 << 30
+    prefix_budget_bytes: int = 64 << 20
     max_running: int = 16
     max_waiting: int = 1024
     max_context: int = 2048
@@ -56,6 +58,6 @@ class EngineOptions:
                 raise InvalidInputError(name, getattr(self, name), f"is one of {', '.join(choices)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "max_draft" else 1
+            least = 0 if field.name in {"max_draft", "prefix_budget_bytes"} else 1
             if type(value) is int and value < least:
                 raise InvalidInputError(field.name, value, f"must be at least {least}")

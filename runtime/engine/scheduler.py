@@ -83,7 +83,7 @@ class Scheduler:
     def _parts(self, left: int) -> Iterator[PromptPart]:
         prompts = [sequence for sequence in self.running if sequence.phase is Phase.PROMPT]
         for sequence in sorted(prompts, key=lambda sequence: -sequence.layers_done):
-            if not sequence.tokens_done:
+            if sequence.tokens_done == sequence.tokens_skipped:
                 sequence.range_end = self._layers_ready(sequence)
             if left > 0 and sequence.range_end > sequence.layers_done:
                 length = min(left, len(sequence.prompt) - sequence.tokens_done)

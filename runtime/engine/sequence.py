@@ -62,6 +62,7 @@ class Sequence:
         layers_done: layers that the whole prompt has passed.
         range_end: the layer before which the range ends that the prompt goes through now.
         tokens_done: prompt tokens that have passed this range.
+        tokens_skipped: the first tokens of a prompt, whose keys and values in these layers were known before.
         residual: [T, D] before `layers_done`, and for the tokens done before `range_end`; None before the first range.
         decided: the mixture is fixed (None for the plain base model).
         awaits_experts: the mixture is known, and its experts are to be reserved.
@@ -96,6 +97,7 @@ class Sequence:
         self.layers_done = 0
         self.range_end = 0
         self.tokens_done = 0
+        self.tokens_skipped = 0
         self.residual: torch.Tensor | None = None
         self.decision: Decision | None = None
         self.mixture: Mixture | None = None
@@ -153,7 +155,7 @@ class Sequence:
         self.tokens_done += length
         if self.tokens_done < len(self.prompt):
             return False
-        self.layers_done, self.tokens_done = self.range_end, 0
+        self.layers_done, self.tokens_done = self.range_end, self.tokens_skipped
         return True
 
     def emit(self, event: Event) -> None:

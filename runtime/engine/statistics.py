@@ -28,6 +28,10 @@ class EngineStatistics:
         kv_bytes_reserved: what running sequences may come to fill.
         stall_s: seconds in which sequences stood before the expert layers and waited for experts.
         memory: of the expert memory.
+        prefix_hits: prompts whose beginning was known from earlier ones.
+        prefix_base_tokens: tokens that they did not have to compute below the experts.
+        prefix_adapted_tokens: and from the experts' first layer on.
+        prefix_bytes: of what is kept.
     """
 
     generation: int
@@ -42,3 +46,7 @@ class EngineStatistics:
     kv_bytes_reserved: int
     stall_s: float
     memory: MemoryStatistics
+    prefix_hits: int = 0
+    prefix_base_tokens: int = 0
+    prefix_adapted_tokens: int = 0
+    prefix_bytes: int = 0

@@ -90,6 +90,10 @@ def description(base_name: str, base_digest: str, statistics: EngineStatistics) 
             tokens=statistics.tokens,
             kv_bytes_reserved=statistics.kv_bytes_reserved,
             stall_seconds=statistics.stall_s,
+            prefix_hits=statistics.prefix_hits,
+            prefix_base_tokens=statistics.prefix_base_tokens,
+            prefix_adapted_tokens=statistics.prefix_adapted_tokens,
+            prefix_bytes=statistics.prefix_bytes,
         ),
     )
 

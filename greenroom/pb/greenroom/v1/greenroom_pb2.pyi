@@ -410,17 +410,25 @@ class MemoryStatistics(_message.Message):
     def __init__(self, budget_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., resident_units: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., loads: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_read: _Optional[int] = ..., load_seconds: _Optional[float] = ..., prefetch_useful_bytes: _Optional[int] = ..., prefetch_wasted_bytes: _Optional[int] = ...) -> None: ...
 
 class EngineStatistics(_message.Message):
-    __slots__ = ("running", "waiting", "steps", "tokens", "kv_bytes_reserved", "stall_seconds")
+    __slots__ = ("running", "waiting", "steps", "tokens", "kv_bytes_reserved", "stall_seconds", "prefix_hits", "prefix_base_tokens", "prefix_adapted_tokens", "prefix_bytes")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_RESERVED_FIELD_NUMBER: _ClassVar[int]
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BASE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_ADAPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BYTES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     steps: int
     tokens: int
     kv_bytes_reserved: int
     stall_seconds: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_bytes_reserved: _Optional[int] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
+    prefix_hits: int
+    prefix_base_tokens: int
+    prefix_adapted_tokens: int
+    prefix_bytes: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_bytes_reserved: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., prefix_hits: _Optional[int] = ..., prefix_base_tokens: _Optional[int] = ..., prefix_adapted_tokens: _Optional[int] = ..., prefix_bytes: _Optional[int] = ...) -> None: ...
