@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.errors import InvalidInputError
+from runtime.errors import DataError, InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.prompt import PromptTemplate
+from training.data import Example
 
 _PLAIN = PromptTemplate("", "")
 _BATCHES_PER_POOL = 8
@@ -62,6 +63,21 @@ def encode_row(base: BaseModel, template: PromptTemplate, text: str, answer: str
     if row.num_tokens > max_tokens:
         raise InvalidInputError("input", text, f"the example has {row.num_tokens} tokens, max_tokens={max_tokens}")
     return row
+
+
+def encode_example(base: BaseModel, template: PromptTemplate, example: Example, *, max_tokens: int) -> Row:
+    """`encode_row` of an example; errors name the file and the line that it was read from.
+
+    Raises:
+        DataError: it cannot be used, and was read from a file.
+        InvalidInputError: it cannot be used, and was not.
+    """
+    try:
+        return encode_row(base, template, example.input, example.output, max_tokens=max_tokens)
+    except InvalidInputError as error:
+        if example.source:
+            raise DataError(example.source, example.line, str(error)) from error
+        raise
 
 
 def collate(rows: Sequence[Row], device: torch.device) -> Batch:

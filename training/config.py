@@ -46,6 +46,11 @@ class TrainingConfig:
         warmup_share: share of the steps in which the rate rises linearly; it falls as a cosine afterwards.
         gradient_clip: bound on the norm of all gradients together.
         balance_coefficient: lambda of the load-balancing loss.
+        patience: looks at held-out loss without a gain after which training stops, with the best it had; None trains to
+            the end and holds nothing out.
+        evaluate_every: steps between two looks.
+        held_out: share of the examples that are looked at and never train.
+        checkpoint_every: steps between two checkpoints, where a folder for them is given.
         expansion: which layers of a task after the first get an expert: every one, or those that probing asks for; see
             `training.expansion`.
         expansion_axis: of "paper": what mean and deviation run over.
@@ -91,6 +96,10 @@ class TrainingConfig:
     warmup_share: float = 0.1
     gradient_clip: float = 1.0
     balance_coefficient: float = 0.01
+    patience: int | None = None
+    evaluate_every: int = 20
+    held_out: float = 0.1
+    checkpoint_every: int = 50
     expansion: Expansion = "everywhere"
     expansion_axis: ExpansionAxis = "layers"
     expansion_alpha: float = 0.0
@@ -140,6 +149,7 @@ class TrainingConfig:
         _check_share("warmup_share", self.warmup_share, zero=True)
         _check_share("locator_held_out", self.locator_held_out, zero=False)
         _check_share("locator_false_abstain", self.locator_false_abstain, zero=True)
+        _check_share("held_out", self.held_out, zero=False)
         _check_share("probe_share", self.probe_share, zero=False)
         _check_choice("visible", self.visible, get_args(Visible))
         _check_choice("dtype", self.dtype, get_args(Dtype))

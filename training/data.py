@@ -11,6 +11,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,19 @@ TEST_FILE = "test.jsonl"
 
 @dataclass(frozen=True)
 class Example:
-    """One input and the answer to learn; neither is empty."""
+    """One input and the answer to learn; neither is empty.
+
+    Args:
+        input: what is asked.
+        output: what is to be answered.
+        source: the file or dataset that it was read from; "" for none.
+        line: its line there, from 1.
+    """
 
     input: str
     output: str
+    source: str = dataclass_field(default="", compare=False)
+    line: int = dataclass_field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ def _example(
         if not value.strip():
             raise DataError(source, number, f"{field}={_short(value)}: must not be empty")
         texts.append(value)
-    return Example(*texts)
+    return Example(texts[0], texts[1], source=source, line=number)
 
 
 def _short(value: object) -> str:

@@ -17,15 +17,18 @@ from runtime.model.manifest import Manifest
 from runtime.model.repertoire import Repertoire
 from runtime.model.routers import router_tensor_name
 from runtime.model.signature import Signer
-from training.batches import encode_row
+from training.batches import encode_example
 from training.config import TrainingConfig
 from training.data import TaskData
 from training.hyper import pack_hyper
+from training.journal import CHECKPOINT_FILE
 from training.learn import OlderSet, learn
+from training.loop import Surroundings
 from training.publish import NewTask, publish_task, stand_on
 from training.report import write_report
 from training.steps import Progress
 from training.task import TrainedTask
+from training.team import Alone, Team
 
 
 def add_task(
@@ -36,6 +39,7 @@ def add_task(
     *,
     signer: Signer | None = None,
     report_folder: Path | None = None,
+    team: Team | None = None,
     on_phase: Callable[[str], None] = lambda _phase: None,
     on_progress: Progress = lambda _step, _num_steps, _loss: None,
 ) -> Manifest:
@@ -50,7 +54,9 @@ def add_task(
         task: only its training rows are used.
         config: see `TrainingConfig`.
         signer: signs the new generation; None leaves it unsigned.
-        report_folder: gets the task's `report.json` (`training.report`) after the generation is published.
+        report_folder: of this task; gets `losses.jsonl` and checkpoints while it trains, from which a training that was
+            killed goes on, and `report.json` (`training.report`) when the generation is published.
+        team: the processes that train together; the first of them publishes, and all return the same.
         on_phase: called with "probing", "training" and "locating" as these begin.
         on_progress: called after every step of the experts' training.
 
@@ -63,12 +69,10 @@ def add_task(
         GenerationMismatchError: somebody else published while this was training.
         RepertoireError: the repertoire cannot be read.
     """
+    team = team or Alone()
     ground = stand_on(repertoire, base, task.name, config)
     ref = base_ref(base.info)
-    rows = [
-        encode_row(base, ground.template, example.input, example.output, max_tokens=config.max_tokens)
-        for example in task.train
-    ]
+    rows = [encode_example(base, ground.template, example, max_tokens=config.max_tokens) for example in task.train]
     held_sets = ground.current.experts if ground.current else ()
     older_sets = held_sets if config.visible == "all" else ()
     older = [
@@ -83,10 +87,13 @@ def add_task(
         first_layer=ground.first_layer,
         generation=ground.current.generation + 1 if ground.current else 1,
         config=config,
+        around=Surroundings(folder=report_folder, team=team, on_progress=on_progress),
         on_phase=on_phase,
-        on_progress=on_progress,
     )
     trained = learned.trained
+    if team.index != 0:
+        team.wait()
+        return repertoire.manifest()
     on_phase("locating")
     own = (
         pack_expert_set(trained.experts, task=task.name, dtype=config.store_dtype, base=ref)
@@ -108,6 +115,8 @@ def add_task(
     manifest = publish_task(repertoire, base, ground, new, config, signer=signer)
     if report_folder is not None:
         write_report(report_folder, learned.report)
+        (report_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    team.wait()
     return manifest
 
 

@@ -16,14 +16,22 @@ from training.batches import Row, collate
 from training.steps import answer_loss
 
 
-@torch.no_grad()
 def held_out_loss(
+    base: BaseModel, ffns: Mapping[int, MixtureFFN], rows: Sequence[Row], *, batch_size: int
+) -> tuple[float, dict[int, torch.Tensor]]:
+    """`attached_loss` with `ffns` attached to `base` meanwhile."""
+    with attached(base.model, ffns):
+        return attached_loss(base, ffns, rows, batch_size=batch_size)
+
+
+@torch.no_grad()
+def attached_loss(
     base: BaseModel, ffns: Mapping[int, MixtureFFN], rows: Sequence[Row], *, batch_size: int
 ) -> tuple[float, dict[int, torch.Tensor]]:
     """Mean cross-entropy of all answer tokens of `rows`, in nats, and the experts' frequencies.
 
     Args:
-        base: without a mixture; `ffns` are attached here.
+        base: with `ffns` attached.
         ffns: layer -> mixture.
         rows: at least one.
         batch_size: rows per forward pass.
@@ -35,15 +43,14 @@ def held_out_loss(
     ordered = sorted(rows, key=lambda row: (row.num_tokens, row.prompt, row.answer))
     chosen = {layer: torch.zeros(len(ffn.experts)) for layer, ffn in ffns.items()}
     loss, num_answer_tokens, num_tokens = 0.0, 0, 0
-    with attached(base.model, ffns):
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size], base.model.device)
-            loss += float(answer_loss(base, batch)) * len(batch.targets)
-            num_answer_tokens += len(batch.targets)
-            real = batch.real.flatten()
-            num_tokens += int(real.sum())
-            for layer, ffn in ffns.items():
-                chosen[layer] += _choices(ffn.weights[real], ffn.top_k).cpu()
+    for start in range(0, len(ordered), batch_size):
+        batch = collate(ordered[start : start + batch_size], base.model.device)
+        loss += float(answer_loss(base, batch)) * len(batch.targets)
+        num_answer_tokens += len(batch.targets)
+        real = batch.real.flatten()
+        num_tokens += int(real.sum())
+        for layer, ffn in ffns.items():
+            chosen[layer] += _choices(ffn.weights[real], ffn.top_k).cpu()
     return loss / num_answer_tokens, {layer: counts / num_tokens for layer, counts in chosen.items()}
 
 

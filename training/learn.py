@@ -15,10 +15,10 @@ from runtime.model.expert import Expert
 from training.batches import Row
 from training.config import TrainingConfig
 from training.expansion import LayerUse, expansion_policy
+from training.loop import Surroundings
 from training.mixtures import copied_expert, cosine, fresh_experts
 from training.probe import Probing, probe
 from training.report import LayerReport, TaskReport
-from training.steps import Progress
 from training.task import TrainedTask, check_trainable, train_task
 
 
@@ -47,8 +47,8 @@ def learn(
     first_layer: int,
     generation: int,
     config: TrainingConfig,
+    around: Surroundings | None = None,
     on_phase: Callable[[str], None] = lambda _phase: None,
-    on_progress: Progress = lambda _step, _num_steps, _loss: None,
 ) -> Learned:
     """Train one task on top of `older`.
 
@@ -60,8 +60,8 @@ def learn(
         first_layer: lowest layer that may get an expert.
         generation: for the report.
         config: everything else.
+        around: of the training itself; probing keeps no journal, and begins anew after a kill.
         on_phase: called with "probing" and "training" as these begin.
-        on_progress: called after every step of the training itself.
 
     Raises:
         InvalidInputError, TensorMismatchError, NonFiniteError: as for `train_task`; or too few rows to probe.
@@ -78,9 +78,7 @@ def learn(
         chosen = policy.expand(probing.layers)
     starts, sources = _starts(base, sets, chosen, probing, name=name, config=config)
     on_phase("training")
-    trained = train_task(
-        base, rows, sets, name=name, first_layer=first_layer, config=config, new=starts, on_progress=on_progress
-    )
+    trained = train_task(base, rows, sets, name=name, first_layer=first_layer, config=config, new=starts, around=around)
     added = sum(expert.num_parameters for expert in trained.experts.values())
     added += sum(router.numel() for router in trained.routers.values())
     report = TaskReport(

@@ -1,4 +1,4 @@
-"""Pictures of training, as PNG: where tasks got experts.
+"""Pictures of training, as PNG: where tasks got experts, and how losses fell.
 
 It does not know how any of it was measured.
 Read first: matplotlib is in the extra `plots`; everything but these pictures works without it. No window is opened and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,5 +64,29 @@ def draw_growth(reports: Sequence[TaskReport], file: Path) -> None:
     axes.set_ylabel("layer")
     axes.set_title("probe chosen (colour), expert added (dot)")
     figure.colorbar(image, label="share of tokens")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def draw_losses(lines: Sequence[Mapping[str, float]], file: Path) -> None:
+    """Loss of every step, nats per answer token, and held-out loss where it was measured.
+
+    Args:
+        lines: as `training.journal.read_losses` gives them.
+        file: the picture.
+
+    Raises:
+        InvalidInputError: matplotlib is not installed.
+    """
+    figure = new_figure(6.0, 3.5, file=file)
+    axes = figure.subplots()
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.8, label="training")
+    looked = [line for line in lines if "held_out" in line]
+    if looked:
+        axes.plot([line["step"] for line in looked], [line["held_out"] for line in looked], "o-", label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per answer token")
+    axes.set_yscale("log")
+    axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

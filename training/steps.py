@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from runtime.errors import NonFiniteError
 from runtime.kernels.routing import balance_loss
@@ -21,6 +23,7 @@ from runtime.model.attach import MixtureFFN
 from runtime.model.base import BaseModel
 from training.batches import Batch, Row, collate, shuffled_batches
 from training.config import TrainingConfig
+from training.team import Alone, Team
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps in all, cross-entropy of this step in nats per token)."""
@@ -39,6 +42,7 @@ class Steps:
         config: rates, sizes, clipping.
         num_steps: over which the rate rises and falls.
         order_seed: of the order of examples.
+        team: the processes that train together; None is this one alone.
     """
 
     def __init__(
@@ -51,9 +55,11 @@ class Steps:
         config: TrainingConfig,
         num_steps: int,
         order_seed: int,
+        team: Team | None = None,
     ) -> None:
         self.num_steps = num_steps
         self.done = 0
+        self._team = team or Alone()
         self._base, self._ffns, self._name, self._config = base, ffns, name, config
         own = {id(ffn.router) for ffn in ffns.values()}
         routers = [ffn.router for ffn in ffns.values() if ffn.router.requires_grad]
@@ -67,8 +73,7 @@ class Steps:
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], weight_decay=config.weight_decay
         )
-        warmup = max(1, round(config.warmup_share * num_steps))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: rate(step, num_steps, warmup))
+        self._peaks = [float(group["lr"]) for group in self._optimizer.param_groups]
         order = random.Random(order_seed)  # noqa: S311 - an order of examples is no secret
         self._batches = _endless(rows, config.batch_size, order)
 
@@ -81,17 +86,21 @@ class Steps:
         rows = next(self._batches)
         num_tokens = sum(len(row.answer) for row in rows)
         self._optimizer.zero_grad()
-        value = 0.0
-        for piece in _pieces(rows, self._config.accumulation):
+        own = 0.0
+        pieces = _pieces(rows, self._config.accumulation * self._team.size)
+        for piece in pieces[self._team.index :: self._team.size]:
             batch = collate(piece, self._base.model.device)
             share = len(batch.targets) / num_tokens
             loss = answer_loss(self._base, batch)
             penalty = torch.stack([_balance(ffn, batch) for ffn in self._ffns.values()]).mean()
             ((loss + self._config.balance_coefficient * penalty) * share).backward()  # type: ignore[no-untyped-call]
-            value += float(loss.detach()) * share
+            own += float(loss.detach()) * share
+        value = self._team.sum_gradients(self.parameters, own)
         torch.nn.utils.clip_grad_norm_(self.parameters, self._config.gradient_clip)
+        warmup = max(1, round(self._config.warmup_share * self.num_steps))
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * rate(self.done, self.num_steps, warmup)
         self._optimizer.step()
-        self._schedule.step()
         self.done += 1
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -99,13 +108,59 @@ class Steps:
             )
         return value
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint: parameters and what the optimiser remembers of each."""
+        tensors: dict[str, torch.Tensor] = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        for i, parameter in enumerate(self.parameters):
+            tensors |= {f"optimiser.{i}.{key}": value for key, value in self._optimizer.state[parameter].items()}
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, torch.Tensor], *, done: int) -> None:
+        """Go on after `done` steps from what `state` gave there; before the first step only."""
+        for i, parameter in enumerate(self.parameters):
+            parameter.copy_(tensors[f"parameter.{i}"])
+            prefix = f"optimiser.{i}."
+            found = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            for key, value in found.items():
+                place = value.device if key == "step" else parameter.device
+                self._optimizer.state[parameter][key] = value.to(place)
+        for _ in range(done):
+            next(self._batches)
+        self.done = done
+
 
 def answer_loss(base: BaseModel, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the tokens of `batch.targets`, in nats; a scalar with a graph where gradients are on."""
     hidden = base.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
-    # Gathered to [n, D] first: a strided 3-D input makes the head copy the whole vocabulary matrix per row.
-    logits = base.model.get_output_embeddings()(hidden[batch.predicts])  # [n, V]
+    # Only what is predicted goes through the head: [1, n, D].
+    logits = _head_logits(base, hidden[batch.predicts].unsqueeze(0))[0]  # [n, V]
     return cross_entropy(logits.float(), batch.targets)
+
+
+def _head_logits(base: BaseModel, hidden: torch.Tensor) -> torch.Tensor:
+    """What the whole model makes of its decoder's output, [1, n, D] -> [1, n, V].
+
+    That is the head and whatever the architecture does to logits: Gemma 2 caps them, Granite divides them. So the
+    model's own forward runs, with a decoder that only hands over what is there.
+    """
+    model: Any = base.model
+    decoder = model.model
+    model.model = _Given(hidden)
+    try:
+        logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+    finally:
+        model.model = decoder
+    return logits
+
+
+class _Given(nn.Module):
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self._output = BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def forward(self, **_inputs: object) -> BaseModelOutputWithPast:
+        return self._output
 
 
 def rate(step: int, num_steps: int, warmup: int) -> float:
@@ -125,8 +180,7 @@ def _endless(rows: Sequence[Row], batch_size: int, rng: random.Random) -> Iterat
         yield from shuffled_batches(rows, batch_size=batch_size, rng=rng)
 
 
-def _pieces(rows: Sequence[Row], accumulation: int) -> Iterator[Sequence[Row]]:
-    """`rows` in at most `accumulation` pieces of like size, none empty."""
-    size = math.ceil(len(rows) / accumulation)
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _pieces(rows: Sequence[Row], num_pieces: int) -> list[Sequence[Row]]:
+    """`rows` in at most `num_pieces` pieces of like size, none empty."""
+    size = math.ceil(len(rows) / num_pieces)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

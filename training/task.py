@@ -20,10 +20,10 @@ from runtime.model.hyper_module import HyperNetwork
 from training.batches import Row
 from training.config import TrainingConfig
 from training.hyper import attach_hyper
+from training.loop import Surroundings, run_steps
 from training.mixtures import fresh_experts, new_mixture
 from training.quick_attention import quick_attention
-from training.seeds import seed_for
-from training.steps import Progress, Steps
+from training.steps import Progress
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def train_task(
     first_layer: int,
     config: TrainingConfig,
     new: Mapping[int, Expert] | None = None,
+    around: Surroundings | None = None,
     on_progress: Progress = lambda _step, _num_steps, _loss: None,
 ) -> TrainedTask:
     """Train one task's experts and routers; `base` is as before afterwards. The loss is that of `training.steps.Steps`.
@@ -66,6 +67,7 @@ def train_task(
         first_layer: lowest layer that may get an expert.
         config: everything else.
         new: layer -> where its new expert begins; None gives every layer from `first_layer` on a fresh one.
+        around: journal, checkpoints and other processes; None is none of them, and `on_progress`.
         on_progress: see `Progress`.
 
     Raises:
@@ -80,7 +82,7 @@ def train_task(
     if not ffns:  # nothing to choose from and nothing to train: the plain base
         return TrainedTask({}, {}, 1, ())
     hyper = attach_hyper(base, ffns, name=name, config=config)
-    losses = train_mixture(base, ffns, rows, name=name, config=config, on_progress=on_progress)
+    losses = train_mixture(base, ffns, rows, name=name, config=config, around=around, on_progress=on_progress)
     return TrainedTask(
         experts={layer: _newest(ffns[layer]).expert() for layer in sorted(new)},
         routers={layer: ffn.router.detach().cpu().clone() for layer, ffn in ffns.items()},
@@ -97,6 +99,7 @@ def train_mixture(
     *,
     name: str,
     config: TrainingConfig,
+    around: Surroundings | None = None,
     on_progress: Progress = lambda _step, _num_steps, _loss: None,
 ) -> tuple[float, ...]:
     """Train in place whatever asks for gradients in the mixtures `ffns`, layer -> FFN; the base stays as it is.
@@ -109,21 +112,10 @@ def train_mixture(
     Raises:
         NonFiniteError: the loss became NaN or infinite.
     """
-    losses: list[float] = []
+    if around is None:
+        around = Surroundings(on_progress=on_progress)
     with attached(base.model, ffns), quick_attention(base):
-        steps = Steps(
-            base,
-            ffns,
-            rows,
-            name=name,
-            config=config,
-            num_steps=config.num_steps(len(rows)),
-            order_seed=seed_for(config.seed, name, "order"),
-        )
-        while steps.done < steps.num_steps:
-            losses.append(steps.step())
-            on_progress(steps.done, steps.num_steps, losses[-1])
-    return tuple(losses)
+        return run_steps(base, ffns, rows, name=name, config=config, around=around)
 
 
 def check_trainable(base: BaseModel, rows: Sequence[Row], *, name: str, first_layer: int) -> None:

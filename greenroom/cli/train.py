@@ -1,11 +1,13 @@
 """`greenroom train`: tasks arrive one after the other, each makes a new generation of the repertoire.
 
 It does not know how a task is trained (`training.grow`); it reads options, shows progress and says what happened.
-Read first: a task that the repertoire already holds is skipped, so the command can be run again after an interruption.
+Read first: a task that the repertoire already holds is skipped, and one that was interrupted goes on from its last
+checkpoint, so the command can be run again as it was.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from runtime.model.base import BaseModel
     from runtime.model.repertoire import Repertoire
     from training.data import TaskData
+    from training.team import AcceleratedTeam
 
 _DEFAULT = TrainingConfig()
 _CONFUSION_PROMPTS = 50
@@ -64,6 +67,12 @@ def train(
     accumulation: Annotated[
         int, typer.Option(help="Pieces in which a step's examples are computed, to save memory.")
     ] = _DEFAULT.accumulation,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many looks at held-out loss without a gain; default: never.")
+    ] = _DEFAULT.patience,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two looks.")] = _DEFAULT.evaluate_every,
+    held_out: Annotated[float, typer.Option(help="Share of the examples looked at.")] = _DEFAULT.held_out,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = _DEFAULT.checkpoint_every,
     expansion: Annotated[
         Expansion,
         typer.Option(help="Layers with a new expert: everywhere, or where probes ask (paper, calibrated)."),
@@ -119,6 +128,10 @@ def train(
         max_steps=max_steps,
         batch_size=batch_size,
         accumulation=accumulation,
+        patience=patience,
+        evaluate_every=evaluate_every,
+        held_out=held_out,
+        checkpoint_every=checkpoint_every,
         expansion=expansion,
         expansion_axis=expansion_axis,
         expansion_alpha=expansion_alpha,
@@ -134,7 +147,8 @@ def train(
         max_tokens=max_tokens,
         seed=seed,
     )
-    console = Console(soft_wrap=True, highlight=False)
+    team = _join_team(device)
+    console = Console(soft_wrap=True, highlight=False, quiet=team is not None and team.index != 0)
     from runtime.model.repertoire import Repertoire
     from runtime.model.signature import Signer
 
@@ -155,7 +169,8 @@ def train(
     from training.grow import add_task
     from training.precision import base_dtype
 
-    place = torch.device(device_name(device, has_cuda=torch.cuda.is_available()))
+    name = device_name(device, has_cuda=torch.cuda.is_available())
+    place = torch.device(name) if team is None else team.device
     folder = resolve_base(base, cache=cache_folder())
     with console.status(f"loading {base}"):
         model = load_base(folder, dtype=base_dtype(config.dtype, place), device=place)
@@ -171,6 +186,7 @@ def train(
                 config,
                 signer=signer,
                 report_folder=reports / arriving.name,
+                team=team,
                 on_phase=on_phase,
                 on_progress=on_progress,
             )
@@ -178,8 +194,31 @@ def train(
             f"generation {manifest.generation}: {arriving.name} added, {manifest.tasks[-1].trained_parameters:,} "
             f"parameters trained in {time.monotonic() - started:.0f} s"
         )
+        if team is None or team.index == 0:
+            _draw_losses(reports / arriving.name)
+    if team is not None:
+        team.end()
+        if team.index != 0:
+            return
     _tell_growth(console, reports, tuple(arriving.name for arriving in waiting))
     _tell_confusion(console, store, model, reports, _read(data))
+
+
+def _join_team(device: str) -> AcceleratedTeam | None:
+    """The processes that `accelerate launch` started; None for one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from training.team import AcceleratedTeam
+
+    return AcceleratedTeam(cpu=device == "cpu")
+
+
+def _draw_losses(folder: Path) -> None:
+    from training.journal import read_losses
+    from training.pictures import can_draw, draw_losses
+
+    if can_draw():
+        draw_losses(read_losses(folder), folder / "losses.png")
 
 
 def _tell_growth(console: Console, folder: Path, names: tuple[str, ...]) -> None:
