@@ -10,15 +10,17 @@ import torch
 
 from exporters.constant_mixture import constant_weights
 from runtime.errors import InvalidInputError
-from runtime.model.attach import attached, load_mixture
+from runtime.model.attach import MixtureFFN, attached, load_mixture
 from runtime.model.base import BaseModel
 from runtime.model.generation import open_generation
 from runtime.model.hyper_sets import stored_shapes
 from runtime.model.repertoire import Repertoire
 from runtime.model.routers import hyper_sizes
+from training.adapters_beside import AdaptersBeside, attach_adapters
 from training.config import TrainingConfig
 from training.data import Example, TaskData
 from training.grow import add_task
+from training.mixtures import fresh_experts, new_mixture
 
 CONFIG = TrainingConfig(
     first_layer=2, max_steps=6, learning_rate=1e-2, locator_steps=5, rank=2, batch_size=8, store_dtype="float32"
@@ -78,3 +80,41 @@ def test_an_adapter_that_follows_the_choice_is_no_part_of_a_fixed_mixture(tiny_b
     with pytest.raises(InvalidInputError, match="it has hyper-adapters beside its experts"):
         constant_weights(manifest, "one", None)
     assert constant_weights(manifest, "one", "uniform")
+
+
+# ---- what it is compared with
+
+
+def mixtures_of(base: BaseModel) -> dict[int, MixtureFFN]:
+    new = fresh_experts(base, range(2, 4), CONFIG, seed_name="new")
+    old = fresh_experts(base, range(2, 4), CONFIG, seed_name="old")
+    return new_mixture(base, [old], new, name="new", first_layer=2, config=CONFIG)
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_plain_adapters_beside_the_experts_have_about_the_parameters_asked_for(
+    tiny_base: BaseModel, per_expert: bool
+) -> None:
+    ffns, generator = mixtures_of(tiny_base), torch.Generator().manual_seed(0)
+    total = attach_adapters(ffns, per_expert=per_expert, parameters=9000, width=64, generator=generator)
+    assert total == pytest.approx(9000, rel=0.1)
+    x = torch.randn(5, 64, generator=generator)
+    for ffn in ffns.values():
+        assert ffn.beside is not None
+        assert not ffn.beside(x, torch.ones(5, 2, dtype=torch.bool)).any()
+
+
+def test_a_free_adapter_belongs_to_an_expert_and_a_token_gets_the_sum_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(1)
+    free = AdaptersBeside(3, 8, 4, generator=generator)
+    with torch.no_grad():
+        free.up.normal_(generator=generator)
+        free.up_bias.normal_(generator=generator)
+    x, one = torch.randn(2, 8, generator=generator), torch.eye(3, dtype=torch.bool)
+    alone = [free(x, one[[e, e]]) for e in range(3)]
+    chosen = torch.tensor([[True, True, False], [False, False, True]])
+    torch.testing.assert_close(free(x, chosen), torch.stack([alone[0][0] + alone[1][0], alone[2][1]]))
+    static = AdaptersBeside(1, 8, 4, generator=generator)
+    with torch.no_grad():
+        static.up.normal_(generator=generator)
+    torch.testing.assert_close(static(x, chosen), static(x, ~chosen))

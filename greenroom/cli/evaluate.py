@@ -117,7 +117,7 @@ def evaluate(
             probe_steps=probe_steps,
         )
         runs[seed] = run_contest(model, contest, config, work, on_stage=_teller(console, contest))
-    made_by = _made_by(model.info.name, str(model.model.dtype), place.type)
+    origin = made_by(model.info.name, str(model.model.dtype), place.type)
     settings: dict[str, Any] = {
         "train_rows": train_rows,
         "test_rows": test_rows,
@@ -131,7 +131,7 @@ def evaluate(
         "learning_rate": learning_rate,
         "first_layer": contest.first_layer,
     }
-    result = made_by | {"settings": settings | {"held_out": list(strangers)}}
+    result = origin | {"settings": settings | {"held_out": list(strangers)}}
     result |= result_of(runs, tasks=learned, lookalikes=alike)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -142,11 +142,13 @@ def evaluate(
     console.print(f"{output} written after {time.monotonic() - started:.0f} s")
 
 
-def _made_by(base: str, dtype: str, device: str) -> dict[str, Any]:
+def made_by(base: str, dtype: str, device: str) -> dict[str, Any]:
     """Machine and command; folders are not told."""
     import torch
 
-    command, hide = [Path(sys.argv[0]).name], False
+    program = Path(sys.argv[0])
+    is_script = program.suffix == ".py" and program.stem != "main"
+    command, hide = [f"python {program.parent.name}/{program.name}" if is_script else "greenroom"], False
     for word in sys.argv[1:]:
         flag, equals, _ = word.partition("=")
         folder = flag in ("--data", "--work", "--output", "--base")
