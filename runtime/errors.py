@@ -18,6 +18,8 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |  |- BlobTruncatedError          a blob ends before the bytes that a manifest names
     |  |- DigestMismatchError         bytes differ from their SHA-256
     |  |- TensorMismatchError         a tensor is missing, unexpected, or of another shape or dtype
+    |  |- UnboundExpertError          an expert that updates no linear of its layer
+    |  |- RankLimitError              an expert of a higher rank than the engine takes
     |  |- NonFiniteError              a weight is NaN or infinite
     |  |- BaseMismatchError           made for another base model
     |  |- SignatureError              a manifest is not signed as the reader demands
@@ -26,6 +28,7 @@ Read first: every class has a stable `reason`, which clients may match on; the m
     |- TaskInUseError                 a task cannot go, since others depend on its experts
     |- ExhaustedError
     |  |- QueueFullError
+    |  |- NoRoomError                 a byte budget that running requests hold now
     |  |- QuotaError                  a tenant has used up what it may have for now
     |  `- BudgetError                 a byte budget that can never hold what is asked
     |- UnauthenticatedError           no token, or one that nobody gave out
@@ -147,6 +150,18 @@ class TensorMismatchError(RepertoireError):
     reason = "TENSOR_MISMATCH"
 
 
+class UnboundExpertError(RepertoireError):
+    """An expert that updates no linear of its layer."""
+
+    reason = "NO_MODULE_BOUND"
+
+
+class RankLimitError(RepertoireError):
+    """An expert of a higher rank than the engine takes."""
+
+    reason = "RANK_OVER_LIMIT"
+
+
 class NonFiniteError(RepertoireError):
     """A weight that is NaN or infinite."""
 
@@ -208,6 +223,12 @@ class QuotaError(ExhaustedError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NoRoomError(ExhaustedError):
+    """A byte budget that would do, and that running requests hold now."""
+
+    reason = "NO_ROOM_NOW"
 
 
 class BudgetError(ExhaustedError):

@@ -1,4 +1,4 @@
-"""Expert memory: budgets, eviction, sharing, failures; checked with a reader that the test controls."""
+"""Expert memory: budgets, eviction, sharing, failures; checked with reads that the test controls."""
 
 from __future__ import annotations
 
@@ -13,24 +13,17 @@ from runtime.memory.eviction import EvictionName
 from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
 from runtime.memory.reservation import Prefetch, Reservation
+from runtime.memory.slab_tier import SlabTier
+from runtime.memory.slot import State
+from runtime.memory.wanted import Held, VisibleSet, Wanted
 from runtime.model.expert import Expert, LowRank
-from runtime.model.manifest import ExpertSet, Unit
+from runtime.model.generation import Mixture
 
 UNIT_BYTES = 100
 
 
-def make_set(name: str, num_layers: int = 2) -> list[tuple[ExpertSet, Unit]]:
-    digest = name[0] * 64
-    units = tuple(
-        Unit(layer=layer, ranks={"gate": 1}, offset=layer * UNIT_BYTES, bytes=UNIT_BYTES, sha256="0" * 64)
-        for layer in range(num_layers)
-    )
-    entry = ExpertSet(digest=digest, task=name, bytes=num_layers * UNIT_BYTES, dtype="float32", scale=1.0, units=units)
-    return [(entry, unit) for unit in units]
-
-
 class Disk:
-    """A reader whose reads wait until they are allowed, and fail where told."""
+    """Reads that wait until they are allowed, and fail where told."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -39,13 +32,26 @@ class Disk:
         self.reads: list[tuple[str, int]] = []
         self.bad: set[str] = set()
 
-    def read(self, entry: ExpertSet, unit: Unit) -> Expert:
+    def set(self, name: str, num_layers: int = 2) -> VisibleSet:
+        """What a task wants that has one expert per layer; layer -1 stands for its routers."""
+        wanted = tuple(self._wanted(name, layer) for layer in range(-1, num_layers - 1))
+        return VisibleSet(task=name, routers=wanted[0].key, wanted=wanted)
+
+    def _wanted(self, name: str, layer: int) -> Wanted:
+        rows = ((1, 1), (1, 1)) if layer >= 0 else ()
+        return Wanted(
+            key=(name * 64, layer), task=name, num_bytes=UNIT_BYTES, rows=rows, read=lambda: self._read(name, layer)
+        )
+
+    def _read(self, name: str, layer: int) -> Held:
         self.reading.set()
         assert self.gate.wait(10)
-        self.reads.append((entry.task, unit.layer))
-        if entry.task in self.bad:
-            raise DigestMismatchError(f"{entry.task} is bad")
-        return Expert(unit.layer, 1.0, {"gate": LowRank(torch.zeros(1, 1), torch.zeros(1, 1))})
+        self.reads.append((name, layer))
+        if name in self.bad:
+            raise DigestMismatchError(f"{name} is bad")
+        if layer < 0:
+            return Mixture(task=name, digest=name, top_k=1, routers={})
+        return Expert(layer, 1.0, {"gate": LowRank(torch.zeros(1, 1), torch.zeros(1, 1))})
 
 
 class Signal:
@@ -75,21 +81,21 @@ def loaded() -> Signal:
     return Signal()
 
 
-def make_memory(disk: Disk, loaded: Signal, *, units: int, clock: object = None) -> ExpertMemory:
+def make_memory(loaded: Signal, *, units: int, clock: object = None, **options: object) -> ExpertMemory:
     extra = {} if clock is None else {"clock": clock}
-    return ExpertMemory(disk.read, budget_bytes=units * UNIT_BYTES, on_change=loaded, **extra)  # type: ignore[arg-type]
+    return ExpertMemory(budget_bytes=units * UNIT_BYTES, on_change=loaded, **extra, **options)  # type: ignore[arg-type]
 
 
 def test_a_reservation_reads_its_units_once_and_a_second_one_shares_them(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=4)
-    first = memory.reserve(make_set("a"))
+    memory = make_memory(loaded, units=4)
+    first = memory.reserve(disk.set("a"))
     assert first is not None
     loaded.wait_for(2)
-    second = memory.reserve(make_set("a"))
+    second = memory.reserve(disk.set("a"))
     assert second is not None
     assert first.ready
     assert second.ready
-    assert disk.reads == [("a", 0), ("a", 1)]
+    assert disk.reads == [("a", -1), ("a", 0)]
     assert first.bytes_read("a" * 64) == 200
     assert second.bytes_read("a" * 64) == 0
     assert memory.statistics().hits == 2
@@ -98,40 +104,40 @@ def test_a_reservation_reads_its_units_once_and_a_second_one_shares_them(disk: D
 
 
 def test_the_least_recently_reserved_set_is_evicted_and_reserved_ones_never_are(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=4)
-    held = memory.reserve(make_set("a"))
-    old = memory.reserve(make_set("b"))
+    memory = make_memory(loaded, units=4)
+    held = memory.reserve(disk.set("a"))
+    old = memory.reserve(disk.set("b"))
     assert held is not None
     assert old is not None
     loaded.wait_for(4)
     old.release()
-    new = memory.reserve(make_set("c"))
+    new = memory.reserve(disk.set("c"))
     assert new is not None
     loaded.wait_for(6)
     assert memory.statistics().evictions == 2
     assert held.ready
-    assert memory.reserve(make_set("b")) is None, "a and c hold the whole budget"
+    assert memory.reserve(disk.set("b")) is None, "a and c hold the whole budget"
     memory.check_integrity()
     new.release()
-    assert memory.reserve(make_set("b")) is not None
+    assert memory.reserve(disk.set("b")) is not None
     memory.close()
 
 
 def test_nothing_is_evicted_for_a_set_that_turns_out_bad(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=2)
-    good = memory.reserve(make_set("a"))
+    memory = make_memory(loaded, units=2)
+    good = memory.reserve(disk.set("a"))
     assert good is not None
     loaded.wait_for(2)
     good.release()
     disk.bad.add("b")
-    bad = memory.reserve(make_set("b"))
+    bad = memory.reserve(disk.set("b"))
     assert bad is not None
     loaded.wait_for(4)
     assert isinstance(bad.error, DigestMismatchError)
     assert not bad.ready
     bad.release()
     assert memory.statistics().evictions == 0
-    again = memory.reserve(make_set("a"))
+    again = memory.reserve(disk.set("a"))
     assert again is not None
     assert again.ready
     memory.check_integrity()
@@ -140,18 +146,18 @@ def test_nothing_is_evicted_for_a_set_that_turns_out_bad(disk: Disk, loaded: Sig
 
 def test_a_bad_set_stays_quarantined_until_its_time_has_passed(disk: Disk, loaded: Signal) -> None:
     now = [0.0]
-    memory = make_memory(disk, loaded, units=4, clock=lambda: now[0])
+    memory = make_memory(loaded, units=4, clock=lambda: now[0])
     disk.bad.add("a")
-    bad = memory.reserve(make_set("a", 1))
+    bad = memory.reserve(disk.set("a", 1))
     assert bad is not None
     loaded.wait_for(1)
     bad.release()
     with pytest.raises(DigestMismatchError, match="a is bad"):
-        memory.reserve(make_set("a", 1))
+        memory.reserve(disk.set("a", 1))
     assert len(disk.reads) == 1, "the quarantine answers without the disk"
     disk.bad.clear()
     now[0] = 6.0
-    cured = memory.reserve(make_set("a", 1))
+    cured = memory.reserve(disk.set("a", 1))
     assert cured is not None
     loaded.wait_for(2)
     assert cured.ready
@@ -160,23 +166,23 @@ def test_a_bad_set_stays_quarantined_until_its_time_has_passed(disk: Disk, loade
 
 
 def test_a_set_larger_than_the_budget_is_refused_for_good(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=1)
+    memory = make_memory(loaded, units=1)
     with pytest.raises(BudgetError, match="200 bytes exceed the expert memory of 100 bytes"):
-        memory.reserve(make_set("a"))
+        memory.reserve(disk.set("a"))
     memory.close()
     with pytest.raises(UnavailableError):
-        memory.reserve(make_set("a", 1))
+        memory.reserve(disk.set("a", 1))
 
 
 def test_releasing_during_a_load_gives_the_bytes_back(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=2)
+    memory = make_memory(loaded, units=2)
     disk.gate.clear()
-    early = memory.reserve(make_set("a"))
+    early = memory.reserve(disk.set("a"))
     assert early is not None
     early.release()
     early.release()
     assert memory.statistics().reserved_bytes == 0
-    other = memory.reserve(make_set("b"))
+    other = memory.reserve(disk.set("b"))
     assert other is not None
     disk.gate.set()
     loaded.wait_for(4)
@@ -186,11 +192,11 @@ def test_releasing_during_a_load_gives_the_bytes_back(disk: Disk, loaded: Signal
 
 
 def test_a_right_guess_is_read_before_it_is_asked_for_and_counted_as_useful(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=4)
-    memory.prefetch(make_set("a"))
+    memory = make_memory(loaded, units=4)
+    memory.prefetch(disk.set("a"))
     loaded.wait_for(2)
     assert memory.statistics().reserved_bytes == 0
-    reservation = memory.reserve(make_set("a"))
+    reservation = memory.reserve(disk.set("a"))
     assert reservation is not None
     assert reservation.ready
     statistics = memory.statistics()
@@ -202,37 +208,37 @@ def test_a_right_guess_is_read_before_it_is_asked_for_and_counted_as_useful(disk
 def test_a_wrong_guess_is_withdrawn_unless_it_was_read_and_then_it_goes_first_and_counts_as_wasted(
     disk: Disk, loaded: Signal
 ) -> None:
-    memory = make_memory(disk, loaded, units=2)
+    memory = make_memory(loaded, units=2)
     disk.gate.clear()
-    guess = memory.prefetch(make_set("a"))
+    guess = memory.prefetch(disk.set("a"))
     assert disk.reading.wait(10)
     guess.cancel()
     guess.cancel()
-    right = memory.reserve(make_set("b"))
+    right = memory.reserve(disk.set("b"))
     assert right is not None
     disk.gate.set()
     loaded.wait_for(3)
     assert right.ready
-    assert disk.reads == [("a", 0), ("b", 0), ("b", 1)], "the first read had begun; the second was withdrawn"
+    assert disk.reads == [("a", -1), ("b", -1), ("b", 0)], "the first read had begun; the second was withdrawn"
     assert memory.statistics().prefetch_wasted_bytes == 100
     memory.check_integrity()
     memory.close()
 
 
 def test_a_demand_overtakes_guesses_and_a_guess_that_comes_true_is_not_read_twice(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=8)
+    memory = make_memory(loaded, units=8)
     disk.gate.clear()
-    guess = memory.prefetch(make_set("a", 3))
+    guess = memory.prefetch(disk.set("a", 3))
     assert disk.reading.wait(10)
-    memory.prefetch(make_set("b", 1))
-    wanted = memory.reserve(make_set("b", 1))
+    memory.prefetch(disk.set("b", 1))
+    wanted = memory.reserve(disk.set("b", 1))
     assert wanted is not None
-    confirmed = memory.reserve(make_set("a", 3), priority=Priority.CONFIRMED)
+    confirmed = memory.reserve(disk.set("a", 3), priority=Priority.CONFIRMED)
     assert confirmed is not None
     guess.cancel()
     disk.gate.set()
     loaded.wait_for(4)
-    assert disk.reads == [("a", 0), ("b", 0), ("a", 1), ("a", 2)]
+    assert disk.reads == [("a", -1), ("b", -1), ("a", 0), ("a", 1)]
     assert confirmed.ready
     assert memory.statistics().prefetch_useful_bytes == 400
     memory.check_integrity()
@@ -240,32 +246,32 @@ def test_a_demand_overtakes_guesses_and_a_guess_that_comes_true_is_not_read_twic
 
 
 def test_a_guess_never_takes_the_room_of_what_is_reserved(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=2)
-    held = memory.reserve(make_set("a"))
+    memory = make_memory(loaded, units=2)
+    held = memory.reserve(disk.set("a"))
     assert held is not None
     loaded.wait_for(2)
-    memory.prefetch(make_set("b"))
-    memory.prefetch(make_set("c", 3))
+    memory.prefetch(disk.set("b"))
+    memory.prefetch(disk.set("c", 3))
     held.release()
-    memory.prefetch(make_set("b"))
+    memory.prefetch(disk.set("b"))
     loaded.wait_for(4)
-    memory.prefetch(make_set("d"))
-    assert disk.reads == [("a", 0), ("a", 1), ("b", 0), ("b", 1)], "guesses wait for room, and never evict guesses"
+    memory.prefetch(disk.set("d"))
+    assert disk.reads == [("a", -1), ("a", 0), ("b", -1), ("b", 0)], "guesses wait for room, and never evict guesses"
     memory.check_integrity()
     memory.close()
 
 
 def test_what_nobody_waits_for_goes_before_an_open_guess(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=4)
-    memory.prefetch(make_set("a"))
+    memory = make_memory(loaded, units=4)
+    memory.prefetch(disk.set("a"))
     loaded.wait_for(2)
-    idle = memory.reserve(make_set("b"))
+    idle = memory.reserve(disk.set("b"))
     assert idle is not None
     loaded.wait_for(4)
     idle.release()
-    memory.prefetch(make_set("c"))
+    memory.prefetch(disk.set("c"))
     loaded.wait_for(6)
-    guessed = memory.reserve(make_set("a"))
+    guessed = memory.reserve(disk.set("a"))
     assert guessed is not None
     assert guessed.ready, "b was used later, but a is still a guess that may come true"
     assert memory.statistics().prefetch_wasted_bytes == 0
@@ -274,11 +280,11 @@ def test_what_nobody_waits_for_goes_before_an_open_guess(disk: Disk, loaded: Sig
 
 
 def test_a_reservation_says_from_which_layer_on_something_is_missing(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(disk, loaded, units=4)
+    memory = make_memory(loaded, units=4)
     disk.gate.clear()
-    reservation = memory.reserve(make_set("a"))
+    reservation = memory.reserve(disk.set("a"))
     assert reservation is not None
-    assert reservation.next_missing_layer() == 0
+    assert reservation.next_missing_layer() == -1
     disk.gate.set()
     loaded.wait_for(2)
     assert reservation.next_missing_layer() is None
@@ -292,7 +298,6 @@ def test_random_reservations_and_guesses_keep_the_sums_and_the_budget(seed: int,
     disk, loaded = Disk(), Signal()
     disk.bad.add("e")
     memory = ExpertMemory(
-        disk.read,
         budget_bytes=6 * UNIT_BYTES,
         eviction=eviction,
         on_change=loaded,
@@ -302,7 +307,7 @@ def test_random_reservations_and_guesses_keep_the_sums_and_the_budget(seed: int,
     held: list[Reservation] = []
     guesses: list[Prefetch] = []
     for _ in range(250):
-        action, units = rng.random(), make_set(rng.choice("abcde"), rng.choice([1, 2, 3]))
+        action, units = rng.random(), disk.set(rng.choice("abcde"), rng.choice([1, 2, 3]))
         if held and action < 0.4:
             held.pop(rng.randrange(len(held))).release()
         elif guesses and action < 0.5:
@@ -322,3 +327,227 @@ def test_random_reservations_and_guesses_keep_the_sums_and_the_budget(seed: int,
     memory.close()
     memory.check_integrity()
     assert memory.statistics().reserved_bytes == 0
+
+
+def test_what_is_pinned_is_never_evicted_and_what_could_not_run_beside_it_is_refused(
+    disk: Disk, loaded: Signal
+) -> None:
+    memory = make_memory(loaded, units=4)
+    pinned = memory.reserve(disk.set("a"), pin=True)
+    assert pinned is not None
+    for name in "bcb":
+        other = memory.reserve(disk.set(name))
+        assert other is not None
+        other.release()
+    with pytest.raises(BudgetError, match="300 bytes exceed the expert memory of 400 bytes, of which 200 are kept"):
+        memory.reserve(disk.set("d", 3))
+    assert memory.statistics().pinned_bytes == 200
+    assert [row.task for row in memory.residency() if row.pinned] == ["a"]
+    memory.check_integrity()
+    memory.unpin(pinned)
+    assert memory.statistics().pinned_bytes == 0
+    assert memory.reserve(disk.set("d", 3)) is not None
+    memory.close()
+
+
+def test_other_tenants_leave_a_floor_alone_and_may_not_reserve_it(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=6, floors={"gold": 2 * UNIT_BYTES})
+    mine = memory.reserve(disk.set("a"), tenant="gold")
+    assert mine is not None
+    loaded.wait_for(2)
+    mine.release()
+    for i, name in enumerate("bcdebcde", start=1):
+        other = memory.reserve(disk.set(name), tenant="other")
+        assert other is not None
+        loaded.wait_for(2 + 2 * i)
+        other.release()
+        memory.check_integrity()
+    again = memory.reserve(disk.set("a"), tenant="gold")
+    assert again is not None
+    assert again.ready, "traffic of others must not evict it"
+    again.release()
+    with pytest.raises(BudgetError, match="of which 200 are kept for pins and other tenants"):
+        memory.reserve(disk.set("b", 5), tenant="other")
+    assert memory.reserve(disk.set("b", 6), tenant="gold") is not None, "its own floor is no bound for a tenant"
+    memory.close()
+
+
+def test_a_floor_covers_so_many_bytes_and_no_more(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=4, floors={"gold": 2 * UNIT_BYTES})
+    for i, name in enumerate("ab", start=1):
+        mine = memory.reserve(disk.set(name), tenant="gold")
+        assert mine is not None
+        loaded.wait_for(2 * i)
+        mine.release()
+    other = memory.reserve(disk.set("c"), tenant="other")
+    assert other is not None
+    loaded.wait_for(6)
+    assert other.ready
+    states = [memory.state((name * 64, 0)) for name in "abc"]
+    assert states == [State.ABSENT, State.READY, State.READY], "what was used last is what the floor keeps"
+    memory.check_integrity()
+    memory.close()
+
+
+def test_repeated_failures_wait_longer_and_a_publish_lets_the_next_request_try_at_once(
+    disk: Disk, loaded: Signal
+) -> None:
+    now = [0.0]
+    memory = make_memory(loaded, units=4, clock=lambda: now[0], retry_s=1.0)
+    disk.bad.add("a")
+    for count, wait in enumerate((1.0, 2.0, 4.0), start=1):
+        bad = memory.reserve(disk.set("a", 1))
+        assert bad is not None
+        loaded.wait_for(count)
+        bad.release()
+        now[0] += wait - 0.01
+        with pytest.raises(DigestMismatchError):
+            memory.reserve(disk.set("a", 1))
+        now[0] += 0.02
+    disk.bad.clear()
+    assert memory.state(("a" * 64, -1)) is State.FAILED
+    failed_again = memory.reserve(disk.set("a", 1))
+    assert failed_again is not None
+    loaded.wait_for(4)
+    assert memory.state(("a" * 64, -1)) is State.READY
+    disk.bad.add("b")
+    bad = memory.reserve(disk.set("b", 1))
+    assert bad is not None
+    loaded.wait_for(5)
+    bad.release()
+    memory.forgive()
+    disk.bad.clear()
+    assert memory.reserve(disk.set("b", 1)) is not None
+    memory.close()
+
+
+def test_what_no_generation_names_goes_at_once_or_with_its_last_reservation(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=6)
+    idle, held = memory.reserve(disk.set("a")), memory.reserve(disk.set("b"))
+    assert idle is not None
+    assert held is not None
+    loaded.wait_for(4)
+    idle.release()
+    memory.retire_all_but({"c" * 64})
+    assert memory.state(("a" * 64, 0)) is State.ABSENT
+    assert memory.state(("b" * 64, 0)) is State.RETIRED
+    assert memory.statistics().resident_bytes == 200
+    memory.check_integrity()
+    held.release()
+    assert memory.state(("b" * 64, 0)) is State.ABSENT
+    assert memory.statistics().resident_bytes == 0
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_set_is_evicted_by_order_only_where_nobody_holds_it(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=6)
+    idle, held = memory.reserve(disk.set("a")), memory.reserve(disk.set("b"))
+    assert idle is not None
+    assert held is not None
+    loaded.wait_for(4)
+    idle.release()
+    assert memory.evict({"a" * 64, "b" * 64}) == 200
+    assert (memory.state(("a" * 64, 0)), memory.state(("b" * 64, 0))) == (State.ABSENT, State.READY)
+    memory.check_integrity()
+    memory.close()
+
+
+def test_precision_and_recall_follow_from_what_was_guessed_and_what_was_wanted(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=4)
+    assert (memory.statistics().prefetch_precision, memory.statistics().prefetch_recall) == (0.0, 0.0)
+    memory.prefetch(disk.set("a"))
+    memory.prefetch(disk.set("b"))
+    loaded.wait_for(4)
+    for i, name in enumerate("acd"):
+        reservation = memory.reserve(disk.set(name))
+        assert reservation is not None
+        loaded.wait_for(4 + 2 * i)
+        reservation.release()
+    statistics = memory.statistics()
+    assert (statistics.prefetch_useful_bytes, statistics.demanded_bytes) == (200, 400)
+    assert statistics.prefetch_recall == pytest.approx(1 / 3)
+    assert statistics.prefetch_precision == pytest.approx(200 / (200 + statistics.prefetch_wasted_bytes))
+    memory.close()
+
+
+class Chaos:
+    """Random operations on one memory, one at a time."""
+
+    def __init__(self, memory: ExpertMemory, disk: Disk, rng: random.Random) -> None:
+        self.memory, self.disk, self.rng = memory, disk, rng
+        self.held: list[Reservation] = []
+        self.pins: list[Reservation] = []
+        self.guesses: list[Prefetch] = []
+
+    def some_set(self) -> VisibleSet:
+        return self.disk.set(self.rng.choice("abcdefgh"), self.rng.choice([1, 2, 3]))
+
+    def some_digests(self, count: int) -> set[str]:
+        return {name * 64 for name in self.rng.sample("abcdefgh", count)}
+
+    def reserve(self, *, pin: bool = False) -> None:
+        tenant, priority = self.rng.choice(["", "gold", "silver", "tin"]), self.rng.choice(list(Priority))
+        try:
+            reservation = self.memory.reserve(self.some_set(), priority=priority, tenant=tenant, pin=pin)
+        except (DigestMismatchError, BudgetError):
+            return
+        if reservation is not None:
+            (self.pins if pin else self.held).append(reservation)
+
+    def pin(self) -> None:
+        self.reserve(pin=True)
+
+    def unpin(self) -> None:
+        if self.pins:
+            self.memory.unpin(self.pins.pop(self.rng.randrange(len(self.pins))))
+
+    def release(self) -> None:
+        if self.held:
+            self.held.pop(self.rng.randrange(len(self.held))).release()
+
+    def guess(self) -> None:
+        tenant, guess = self.rng.choice(["", "gold"]), self.rng.random() < 0.8
+        self.guesses.append(self.memory.prefetch(self.some_set(), tenant=tenant, guess=guess))
+
+    def cancel(self) -> None:
+        if self.guesses:
+            self.guesses.pop(self.rng.randrange(len(self.guesses))).cancel()
+
+    def evict(self) -> None:
+        self.memory.evict(self.some_digests(2))
+
+    def publish(self) -> None:
+        """Some tasks are gone, what was bad may be good, and the other way round."""
+        self.memory.retire_all_but(self.some_digests(6))
+        self.disk.bad = set(self.rng.sample("abcdefgh", 1))
+        self.memory.forgive()
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "slabs"])
+def test_ten_thousand_random_loads_evictions_pins_and_publishes_keep_every_sum(*, on_device: bool) -> None:
+    rng = random.Random(7)
+    disk, loaded = Disk(), Signal()
+    slabs = SlabTier(budget_bytes=7 * 2 * 4, dtype=torch.float32, device=torch.device("cpu"), slab_bytes=16)
+    memory = ExpertMemory(
+        budget_bytes=12 * UNIT_BYTES,
+        on_change=loaded,
+        num_loaders=2,
+        floors={"gold": 2 * UNIT_BYTES, "silver": 3 * UNIT_BYTES},
+        tier=slabs if on_device else None,
+        clock=lambda: rng.random() * 20,
+    )
+    chaos = Chaos(memory, disk, rng)
+    actions = [chaos.reserve] * 8 + [chaos.release] * 6 + [chaos.pin, chaos.unpin, chaos.guess, chaos.cancel]
+    actions += [chaos.evict, chaos.publish]
+    for _ in range(10_000):
+        rng.choice(actions)()
+        memory.check_integrity()
+    for reservation in chaos.held:
+        reservation.release()
+    while chaos.pins:
+        chaos.unpin()
+    memory.close()
+    memory.check_integrity()
+    assert memory.statistics().reserved_bytes == 0
+    assert memory.statistics().evictions > 100

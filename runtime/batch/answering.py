@@ -99,7 +99,7 @@ def answer(engine: Engine, prompts: Sequence[Prompt]) -> Answered:
             except GreenroomError as error:
                 broken[task] = _of_the_row(error)
                 continue
-            for digest in dict.fromkeys(digest for digest, _ in reservation.keys):
+            for digest in reservation.expert_sets():
                 read = reservation.bytes_read(digest)
                 bytes_read += read
                 if read:

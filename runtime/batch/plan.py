@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.memory.reservation import UnitKey
+from runtime.memory.keys import ROUTERS, UnitKey
 from runtime.model.generation import Generation
 
 Sizes = Mapping[str, Mapping[UnitKey, int]]
@@ -38,8 +38,11 @@ class Shard:
 def unit_sizes(generation: Generation) -> Sizes:
     """What each task of a generation needs in memory; tasks that cannot be served need nothing."""
     return {
-        task: {(entry.digest, unit.layer): unit.bytes for entry, unit in generation.visible_units(mixture)}
-        for task, mixture in generation.mixtures.items()
+        task: {
+            (task, ROUTERS): generation.router_bytes(task),
+            **{(entry.digest, unit.layer): unit.bytes for entry, unit in generation.task_units(task)},
+        }
+        for task in generation.mixtures
     }
 
 

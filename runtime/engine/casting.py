@@ -1,9 +1,10 @@
 """Casting: which mixture a sequence gets, and how it comes by its experts.
 
 It knows nothing of queues or tensors beyond the prompt's residual stream; the engine calls it on its own thread.
-Read first: a mixture is fixed once per sequence: at `begin` where the task is pinned, else at `decide`, when the prompt
-has passed the base-only layers. Then the whole visible set is reserved at once, and read layer by layer: the prompt
-enters a layer as soon as that layer's own experts are there.
+Read first: a task is fixed once per sequence: at `begin` where it is pinned, else at `decide`, when the prompt has
+passed the base-only layers. Then its whole visible set is reserved at once, routers and experts, and read layer by
+layer: the prompt enters a layer as soon as that layer's own experts are there. Only where the request changes what is
+visible, or the weights are those of the whole prompt, the routers come alone first, and the experts that are left then.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from runtime.engine.sequence import Phase, Sequence
 from runtime.errors import GreenroomError, InvalidInputError, NoTaskNearError
 from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
+from runtime.memory.visible import VisibleSets
+from runtime.memory.wanted import VisibleSet
 from runtime.model.locator import pool
 
 
@@ -26,7 +29,8 @@ class Casting:
     """Chooses mixtures and reserves their experts.
 
     Args:
-        memory: gives the experts.
+        memory: gives routers and experts.
+        visible: says what a task wants in memory.
         first_layer: the first layer with experts.
         num_layers: of the model.
         embed: token ids -> token embeddings [T, D].
@@ -37,12 +41,14 @@ class Casting:
     def __init__(
         self,
         memory: ExpertMemory,
+        visible: VisibleSets,
         *,
         first_layer: int,
         num_layers: int,
         embed: Callable[[list[int]], torch.Tensor],
     ) -> None:
         self._memory = memory
+        self._visible = visible
         self._first_layer = first_layer
         self._num_layers = num_layers
         self._embed = embed
@@ -58,22 +64,16 @@ class Casting:
             return
         task = generation.arrival.locate(pool(embedded).unsqueeze(0).cpu())[0].task
         if task is not None:
-            sequence.guessed_task = task
-            sequence.guess = self._memory.prefetch(generation.visible_units(generation.mixtures[task]))
+            self._guess(sequence, task)
 
     def begin(self, sequence: Sequence) -> None:
-        """Fix the mixture of a sequence that has just left the queue, where its request names it."""
+        """Fix the task of a sequence that has just left the queue, where its request names it."""
         request = sequence.request
         if request.locate_only or (request.task is None and not request.base_only):
             return
-        mixture = sequence.generation.mixtures[request.task] if request.task is not None else None
-        if mixture is not None and mixture.by_request:  # fixed at `decide`; its experts may be read before
-            mixture = directed(request, mixture)
-            assert mixture is not None, "a direction makes a mixture of a mixture"
-            sequence.guessed_task = mixture.task
-            sequence.guess = self._memory.prefetch(sequence.generation.visible_units(mixture))
-        else:
-            self._fix(sequence, request.task)
+        if request.task is not None and _is_made_to_measure(sequence, request.task):
+            self._guess(sequence, request.task)  # its experts may be read before it is known which are left
+        self._fix(sequence, request.task)
 
     def decide(self, sequence: Sequence) -> None:
         """Fix the mixture of a sequence whose prompt has passed the base-only layers, and that has none yet."""
@@ -102,15 +102,17 @@ class Casting:
         return residual
 
     def stage(self, sequence: Sequence) -> bool:
-        """Reserve the experts of a sequence that awaits them; True once they are reserved, and are being read."""
-        assert sequence.mixture is not None, "only a mixture has experts"
-        units = sequence.generation.visible_units(sequence.mixture)
+        """Reserve what a sequence awaits; True once it is reserved, and is being read."""
         priority = Priority.DEMAND if sequence.layers_done >= self._first_layer else Priority.CONFIRMED
         try:
-            sequence.reservation = self._memory.reserve(units, priority=priority)
+            visible = self._wanted(sequence)
+            sequence.reservation = self._memory.reserve(visible, priority=priority, tenant=sequence.request.tenant)
         except GreenroomError as error:
             sequence.fail(error)
-        sequence.awaits_experts = sequence.reservation is None and sequence.phase is Phase.PROMPT
+        sequence.awaits_experts = sequence.reservation is None and sequence.phase is not Phase.ENDED
+        if sequence.reservation is not None and sequence.mixture is None:
+            self._take_mixture(sequence)
+            return self.stage(sequence) if sequence.awaits_experts else True
         return sequence.reservation is not None
 
     def layers_ready(self, sequence: Sequence) -> int:
@@ -121,7 +123,7 @@ class Casting:
         reservation = sequence.reservation
         if not sequence.decided:
             ready = max(1, sequence.generation.manifest.locator.layer)
-        elif sequence.awaits_experts:
+        elif sequence.awaits_experts or (sequence.task is not None and sequence.mixture is None):
             ready = self._first_layer
         else:
             missing = reservation.next_missing_layer() if reservation is not None else None
@@ -136,30 +138,71 @@ class Casting:
 
     def share(self, leader: Sequence, choice: Sequence) -> None:
         """Give another answer to the prompt of `leader`, which is complete, the same mixture."""
-        choice.decision, choice.mixture, choice.decided = leader.decision, leader.mixture, True
+        choice.decision, choice.task, choice.mixture = leader.decision, leader.task, leader.mixture
+        choice.decided = True
         if choice.mixture is not None:
             shared = self.stage(choice)
             assert shared or choice.phase is Phase.ENDED, "what the leader holds can be reserved again"
 
     def missing_bytes(self, sequence: Sequence) -> int:
         """Bytes of the visible set that are not in memory."""
-        if sequence.mixture is None:
+        if sequence.task is None or sequence.task in sequence.generation.faults:
             return 0
-        return self._memory.missing_bytes(sequence.generation.visible_units(sequence.mixture))
+        return self._memory.missing_bytes(self._wanted(sequence))
 
     def check(self, sequence: Sequence) -> None:
-        """Fail a sequence whose experts cannot be loaded."""
-        if sequence.reservation is not None and sequence.reservation.error is not None:
+        """Fail a sequence whose experts cannot be loaded; note the routers that have come."""
+        if sequence.reservation is None:
+            return
+        if sequence.reservation.error is not None:
             sequence.fail(sequence.reservation.error)
+        elif sequence.mixture is None:
+            self._take_mixture(sequence)
+
+    def _guess(self, sequence: Sequence, task: str) -> None:
+        sequence.guessed_task = task
+        visible = self._visible.of(sequence.generation, task)
+        sequence.guess = self._memory.prefetch(visible, tenant=sequence.request.tenant)
 
     def _fix(self, sequence: Sequence, task: str | None) -> None:
         sequence.decided = True
         sequence.decided_at = time.monotonic()
+        sequence.task = task
         if task is not None:
-            sequence.mixture = sequence.generation.mixtures[task]
+            sequence.awaits_experts = not sequence.request.locate_only
+            return
         try:
-            sequence.mixture = settled(directed(sequence.request, sequence.mixture), sequence.context_residual)
+            directed(sequence.request, None)
         except InvalidInputError as error:
             sequence.fail(error)
-        else:
-            sequence.awaits_experts = sequence.mixture is not None and not sequence.request.locate_only
+
+    def _wanted(self, sequence: Sequence) -> VisibleSet:
+        generation, task = sequence.generation, sequence.task
+        assert task is not None, "only a task has experts"
+        if sequence.mixture is not None:
+            return self._visible.of_mixture(generation, sequence.mixture)
+        alone = _is_made_to_measure(sequence, task)
+        return self._visible.routers_of(generation, task) if alone else self._visible.of(generation, task)
+
+    def _take_mixture(self, sequence: Sequence) -> None:
+        """The routers may have come: compute with them, or with what the request makes of them."""
+        assert sequence.reservation is not None, "routers come with a reservation"
+        assert sequence.task is not None, "the plain base model has no routers"
+        mixture = sequence.reservation.mixture()
+        if mixture is None or not _is_made_to_measure(sequence, sequence.task):
+            sequence.mixture = mixture
+        elif sequence.layers_done >= self._first_layer:
+            try:
+                sequence.mixture = settled(directed(sequence.request, mixture), sequence.context_residual)
+            except InvalidInputError as error:
+                sequence.fail(error)
+                return
+            sequence.reservation.release()
+            sequence.reservation, sequence.awaits_experts = None, True
+
+
+def _is_made_to_measure(sequence: Sequence, task: str) -> bool:
+    """Whether the request, or the whole prompt, decides which of the task's experts are left."""
+    grouping = sequence.generation.manifest.task(task).router.grouping
+    by_request = grouping is not None and grouping.scope == "request"
+    return by_request or bool(sequence.request.group_bias or sequence.request.group_mask)

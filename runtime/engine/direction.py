@@ -11,7 +11,7 @@ import torch
 
 from runtime.engine.request import Request
 from runtime.errors import InvalidInputError
-from runtime.model.control import controlled, fixed_for, group_names, summary
+from runtime.model.control import controlled, fixed_for, summary
 from runtime.model.generation import Generation
 from runtime.model.mixture import Mixture
 
@@ -24,9 +24,14 @@ def check_direction(request: Request, generation: Generation) -> None:
         UnknownTaskError, RepertoireError: the pinned task does not exist or is quarantined.
     """
     if request.task is not None:
-        directed(request, generation.mixture(request.task))
+        generation.check_task(request.task)
+    if not (request.group_bias or request.group_mask):
         return
-    known = {name for mixture in generation.mixtures.values() for name in group_names(mixture)}
+    if request.task is not None:
+        directed(request, generation.read_mixture(request.task))
+        return
+    groupings = (task.router.grouping for task in generation.manifest.tasks)
+    known = {name for grouping in groupings if grouping is not None for name in grouping.names()}
     for field, names in (("group_bias", request.group_bias), ("group_mask", request.group_mask)):
         for name in names:
             if name not in known:

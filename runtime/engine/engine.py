@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import transformers
@@ -29,6 +28,7 @@ from runtime.engine.options import EngineOptions
 from runtime.engine.passage import Passage
 from runtime.engine.prefix import PrefixCache
 from runtime.engine.request import Request
+from runtime.engine.residents import Residents, make_memory
 from runtime.engine.runner import StepRunner
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Phase, Sequence, Sink
@@ -43,7 +43,7 @@ from runtime.errors import (
     QueueFullError,
     UnavailableError,
 )
-from runtime.memory.memory import ExpertMemory
+from runtime.memory.visible import VisibleSets
 from runtime.model.generation import Generation
 from runtime.model.repertoire import Repertoire
 
@@ -62,7 +62,7 @@ class Engine:
         retire: called once when that generation is no longer used.
         options: sizes and limits.
 
-    The engine does nothing until `start`; `close` is idempotent.
+    It does nothing until `start`. For `pin`, `unpin`, `prefetch_task`, `evict` see `runtime.engine.residents`.
     """
 
     def __init__(
@@ -76,14 +76,12 @@ class Engine:
         options: EngineOptions,
         retire: Callable[[], None] = lambda: None,
     ) -> None:
-        self._generations = Generations(generation, retire=retire)
-        self.memory = ExpertMemory(
-            partial(repertoire.read_unit, base=generation.manifest.base),
-            budget_bytes=options.expert_budget_bytes,
-            eviction=options.eviction,
-            num_loaders=options.num_loaders,
-            on_change=self._wake,
-        )
+        self.memory = make_memory(options, device=model.device, dtype=model.dtype, on_change=self._wake)
+        self.visible = VisibleSets(repertoire, max_rank=options.max_rank)
+        residents = self._residents = Residents(self.memory, self.visible, current=lambda: self.generation)
+        self.pin, self.unpin, self.prefetch_task = residents.pin, residents.unpin, residents.prefetch
+        self.evict = residents.evict
+        self._generations = Generations(generation, retire=retire, on_retire=residents.retired)
         self._options = options
         self._model = model
         self._cache = KVCache(
@@ -100,7 +98,9 @@ class Engine:
         def embed(ids: list[int]) -> torch.Tensor:
             return model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
 
-        self._casting = Casting(self.memory, first_layer=first_layer, num_layers=len(model.layers), embed=embed)
+        self._casting = Casting(
+            self.memory, self.visible, first_layer=first_layer, num_layers=len(model.layers), embed=embed
+        )
         self._prefixes = PrefixCache(
             self._cache, first_layer=first_layer, budget_bytes=options.prefix_budget_bytes, embed=embed
         )
@@ -156,6 +156,7 @@ class Engine:
             InvalidInputError: it cannot replace the current one in a running engine.
         """
         self._generations.publish(generation, retire=retire)
+        self._residents.published(generation, self._generations.served())
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Accept a request; its events reach `sink` on the engine thread, which `sink` must not block.
@@ -255,6 +256,7 @@ class Engine:
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        self._residents.close()
         self.memory.close()
         self._generations.close()
 

@@ -32,7 +32,7 @@ def open_held(repertoire: Repertoire, number: int | None = None) -> tuple[Genera
     """
     with ExitStack() as stack:
         held = stack.enter_context(repertoire.hold_generation(number))
-        generation = open_generation(repertoire, held)
+        generation = open_generation(repertoire, held, routers=False)
         return generation, stack.pop_all().close
 
 

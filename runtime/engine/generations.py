@@ -27,16 +27,24 @@ class Generations:
     Args:
         first: the generation to begin with.
         retire: called once when it has been replaced and nobody uses it any more.
+        on_retire: called before that with the generations that are still in use.
 
     Raises:
         InvalidInputError: its locator reads prompts where no base-only layer has left them.
     """
 
-    def __init__(self, first: Generation, *, retire: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        first: Generation,
+        *,
+        retire: Callable[[], None],
+        on_retire: Callable[[tuple[Generation, ...]], None] = lambda _served: None,
+    ) -> None:
         _check_locatable(first)
         self._lock = threading.Lock()
         self._current = _Served(first, retire)
         self._closed = False
+        self._on_retire = on_retire
         self._served = {first.manifest.generation: self._current}
 
     @property
@@ -49,6 +57,11 @@ class Generations:
         """Numbers of all that are in use, ascending."""
         with self._lock:
             return tuple(sorted(self._served))
+
+    def served(self) -> tuple[Generation, ...]:
+        """All that are in use."""
+        with self._lock:
+            return tuple(served.generation for served in self._served.values())
 
     def publish(self, generation: Generation, *, retire: Callable[[], None]) -> None:
         """Make `generation` the current one; the one before it retires when its last request has ended.
@@ -104,6 +117,7 @@ class Generations:
             needed = served.users or (served is self._current and not self._closed)
             if needed or self._served.pop(number, None) is None:
                 return
+        self._on_retire(self.served())
         served.retire()
 
 

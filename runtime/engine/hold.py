@@ -23,8 +23,7 @@ def hold(engine: Engine, task: str) -> Iterator[Reservation]:
         BudgetError: they do not fit, or not beside what is held already.
         UnavailableError: the engine was closed meanwhile.
     """
-    generation = engine.generation
-    reservation = engine.memory.reserve(generation.visible_units(generation.mixture(task)))
+    reservation = engine.memory.reserve(engine.visible.of(engine.generation, task))
     if reservation is None:
         raise BudgetError(f"the experts of {task} do not fit beside those that are held")
     try:

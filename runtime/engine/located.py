@@ -14,7 +14,7 @@ def located(sequence: Sequence) -> Located:
     """Which task a sequence is of, how that was found out, and where its experts came from."""
     decision = sequence.decision
     return Located(
-        task=sequence.mixture.task if sequence.mixture else None,
+        task=sequence.task,
         how=_how(sequence),
         margin=decision.margin if decision else 0.0,
         scores=tuple(TaskScore(task, score) for task, score in decision.scores) if decision else (),
@@ -28,7 +28,7 @@ def _uses(sequence: Sequence) -> tuple[ExpertUse, ...]:
     if reservation is None:
         return ()
     uses = []
-    for digest in dict.fromkeys(digest for digest, _ in reservation.keys):
+    for digest in reservation.expert_sets():
         bytes_read = reservation.bytes_read(digest)
         use = ExpertUse(
             digest=digest,
@@ -45,8 +45,8 @@ def _uses(sequence: Sequence) -> tuple[ExpertUse, ...]:
 def _how(sequence: Sequence) -> How:
     if sequence.request.task is not None:
         return "pinned"
-    if sequence.decision is None or (not sequence.decision.scores and sequence.mixture is None):
+    if sequence.decision is None or (not sequence.decision.scores and sequence.task is None):
         return "base"
     if sequence.decision.task is not None:
         return "located"
-    return "abstained" if sequence.mixture is None else "defaulted"
+    return "abstained" if sequence.task is None else "defaulted"

@@ -6,7 +6,8 @@ Read first: budgets are bytes, and both are hard.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from runtime.errors import InvalidInputError
@@ -20,7 +21,8 @@ class EngineOptions:
     """See each field.
 
     Args:
-        expert_budget_bytes: expert tensors in host memory.
+        expert_budget_bytes: expert and router tensors in host memory.
+        device_budget_bytes: expert tensors on a device; on a CPU there is no second copy, and it counts for nothing.
         kv_budget_bytes: keys and values that running sequences may come to hold.
         prefix_budget_bytes: keys and values of earlier prompts' beginnings, kept for later ones; 0 keeps none.
         max_running: sequences that run at once; each has a KV slot.
@@ -33,12 +35,15 @@ class EngineOptions:
         prefetch: guess a prompt's task on arrival and start to read its experts before it is located.
         policy: which waiting sequence is tried first; see `runtime.engine.scheduler.Scheduler`.
         eviction: which experts go first: "lru" or "gdsf" (frequency, size, load time).
+        max_rank: experts of a higher rank are refused.
+        tenant_floors: tenant -> bytes of its experts that the traffic of others does not evict.
 
     Raises:
-        InvalidInputError: a number below 1, an unknown policy or eviction.
+        InvalidInputError: a number below 1, an unknown policy or eviction, or floors that leave nothing of the budget.
     """
 
     expert_budget_bytes: int = 256 << 20
+    device_budget_bytes: int = 1 << 30
     kv_budget_bytes: int = 1 << 30
     prefix_budget_bytes: int = 64 << 20
     max_running: int = 16
@@ -51,13 +56,20 @@ class EngineOptions:
     prefetch: bool = True
     policy: Policy = "fcfs"
     eviction: EvictionName = "lru"
+    max_rank: int = 512
+    tenant_floors: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, choices in (("policy", get_args(Policy)), ("eviction", get_args(EvictionName))):
             if getattr(self, name) not in choices:
                 raise InvalidInputError(name, getattr(self, name), f"is one of {', '.join(choices)}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in {"max_draft", "prefix_budget_bytes"} else 1
+        for option in fields(self):
+            value = getattr(self, option.name)
+            least = 0 if option.name in {"max_draft", "prefix_budget_bytes"} else 1
             if type(value) is int and value < least:
-                raise InvalidInputError(field.name, value, f"must be at least {least}")
+                raise InvalidInputError(option.name, value, f"must be at least {least}")
+        for tenant, floor in self.tenant_floors.items():
+            if floor < 1:
+                raise InvalidInputError(f"tenant_floors[{tenant}]", floor, "must be at least 1")
+        if sum(self.tenant_floors.values()) >= self.expert_budget_bytes:
+            raise InvalidInputError("tenant_floors", dict(self.tenant_floors), "must leave some of the expert budget")

@@ -43,14 +43,20 @@ class Passage:
     def begin(self, sequence: Sequence) -> None:
         """The sequence has its slot."""
         self._casting.begin(sequence)
-        if not sequence.decided and self._prefixes.first_layer == 0:  # no layer runs before the experts
+        if self._prefixes.first_layer == 0:  # no layer runs before the experts
             sequence.residual = self._embed(sequence.prompt)
-            self._casting.decide(sequence)
+            if not sequence.decided:
+                self._casting.decide(sequence)
         self._prefixes.begin(sequence)
 
     def layers_ready(self, sequence: Sequence) -> int:
         """How many layers a prompt may pass by now."""
-        return self._prefixes.border(sequence, self._casting.layers_ready(sequence))
+        ready = self._casting.layers_ready(sequence)
+        border = self._prefixes.first_layer
+        if not sequence.entered and sequence.decided and sequence.layers_done == border < ready:
+            sequence.entered = True  # only now are the routers there, and with them the mixture's identity
+            self._prefixes.enter(sequence)
+        return self._prefixes.border(sequence, ready)
 
     def advance(self, parts: Items[PromptPart]) -> None:
         """These parts have run; those that ended a range may end a half."""
@@ -60,8 +66,8 @@ class Passage:
                 continue
             if sequence.layers_done == self._num_layers:
                 self._prefixes.keep_adapted(sequence)
-            elif sequence.layers_done == self._prefixes.first_layer:
+                continue
+            if sequence.layers_done == self._prefixes.first_layer:
                 self._prefixes.keep_base(sequence)
-                if not sequence.decided:
-                    self._casting.decide(sequence)
-                self._prefixes.enter(sequence)
+            if not sequence.decided:
+                self._casting.decide(sequence)

@@ -71,8 +71,9 @@ class PrefixCache:
     @torch.inference_mode()
     def begin(self, sequence: Sequence) -> None:
         """Give a sequence with a fresh slot what is known of its prompt in the first half that it runs through."""
+        if sequence.generation.manifest.locator.layer not in {0, self.first_layer}:
+            return  # the residual stream that is kept is not the one that the locator reads
         if not self.first_layer:
-            self.enter(sequence)
             return
         found = self._find(_base_root(sequence), sequence.prompt, len(sequence.prompt) - 1)
         if not found:

@@ -130,7 +130,8 @@ class Request:
         sampling: see `SamplingParams`.
         deadline: absolute, on the clock of `time.monotonic()`; None waits for ever.
         priority: of waiting requests those with the lowest are tried first, -100..100; none waits for ever.
-        tenant: in whose name; the policy "fair" tries the tenant with the fewest running sequences first.
+        tenant: in whose name; the policy "fair" tries the tenant with the fewest running sequences first, and experts
+            that it uses may count for a floor (`EngineOptions.tenant_floors`).
         keep_logits: return the logits of every generated token in `Finished` (proofs and tests).
         group_bias: group -> what is added to its logit in every layer, -100 to 100; of a task with a grouped router.
         group_mask: groups that get no weight at all.

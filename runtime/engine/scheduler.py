@@ -116,12 +116,8 @@ class Scheduler:
         if self._policy == "locality":
             others.sort(key=self._missing_bytes)
         elif self._policy == "fair":
-            tasks = Counter(_task(sequence) for sequence in self.running if sequence.reservation is not None)
+            tasks = Counter(sequence.task for sequence in self.running if sequence.reservation is not None)
             tenants = Counter(sequence.request.tenant for sequence in self.running)
-            others.sort(key=lambda sequence: (tenants[sequence.request.tenant], tasks[_task(sequence)]))
+            others.sort(key=lambda sequence: (tenants[sequence.request.tenant], tasks[sequence.task]))
         others.sort(key=lambda sequence: sequence.request.priority)
         return [*starved, *others]
-
-
-def _task(sequence: Sequence) -> str | None:
-    return sequence.mixture.task if sequence.mixture else None

@@ -62,10 +62,13 @@ class Sequence:
         layers_done: layers that the whole prompt has passed.
         range_end: the layer before which the range ends that the prompt goes through now.
         tokens_done: prompt tokens that have passed this range.
+        entered: what earlier prompts left of its expert layers has been looked up.
         tokens_skipped: the first tokens of a prompt, whose keys and values in these layers were known before.
         residual: [T, D] before `layers_done`, and for the tokens done before `range_end`; None before the first range.
-        decided: the mixture is fixed (None for the plain base model).
-        awaits_experts: the mixture is known, and its experts are to be reserved.
+        decided: the task is fixed.
+        task: whose mixture it gets; None for the plain base model.
+        mixture: what it computes with; None while the task's routers are not in memory, and for the plain base model.
+        awaits_experts: what it needs is known, and is to be reserved.
         stalled_since: when the prompt came to stand before a layer whose experts are not there; None while it moves.
 
     `on_end` is called when the sequence ends, before its last event leaves.
@@ -98,8 +101,10 @@ class Sequence:
         self.range_end = 0
         self.tokens_done = 0
         self.tokens_skipped = 0
+        self.entered = False
         self.residual: torch.Tensor | None = None
         self.decision: Decision | None = None
+        self.task: str | None = None
         self.mixture: Mixture | None = None
         self.reservation: Reservation | None = None
         self.decided = False

@@ -1,306 +1,334 @@
-"""Expert memory: reads experts from disk when a mixture is reserved or guessed, and keeps them under a byte budget.
+"""Expert memory: reads experts and routers from disk when a task is reserved or guessed, under a byte budget.
 
 It knows nothing of prompts or layers' arithmetic; the engine reserves the visible set of a sequence and releases it.
-Read first: two sums never exceed the budget: the bytes of resident units, and the bytes of reserved units, loaded or
-not. A load therefore always finds room by evicting units that nobody reserves, and it evicts only after the new bytes
-have been read and checked. A guess reserves nothing: what it reads may be evicted before anybody asks for it.
+Read first: two sums never exceed the budget: the bytes of what is resident, and the bytes of what is reserved, loaded
+or not (with floors: `runtime.memory.accounts`). A load therefore always finds room by evicting what nobody holds, and
+it evicts only after the new bytes have been read and checked. A guess reserves nothing: what it reads may be evicted
+before anybody asks for it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from enum import Enum, auto
+from collections.abc import Callable, Container, Mapping
 
 from runtime.errors import BudgetError, GreenroomError, RepertoireError, UnavailableError
-from runtime.memory.eviction import EvictionName, make_eviction
+from runtime.memory.eviction import EvictionName
+from runtime.memory.keys import UnitKey
 from runtime.memory.loader import Loader, Priority
-from runtime.memory.reservation import Prefetch, Reservation, UnitKey
-from runtime.memory.statistics import Counters, MemoryStatistics
-from runtime.model.expert import Expert
-from runtime.model.manifest import ExpertSet, Unit
+from runtime.memory.reservation import Prefetch, Reservation
+from runtime.memory.residency import SetResidency, residency_of
+from runtime.memory.shelf import Shelf
+from runtime.memory.slot import Slot, State
+from runtime.memory.statistics import MemoryStatistics
+from runtime.memory.tier import HostTier, Tier
+from runtime.memory.wanted import Held, VisibleSet, Wanted
 
-ReadUnit = Callable[[ExpertSet, Unit], Expert]
-Units = Sequence[tuple[ExpertSet, Unit]]
-
-
-class _State(Enum):
-    LOADING = auto()
-    READY = auto()
-    FAILED = auto()
-
-
-class _Slot:
-    """One (layer, expert) that is resident, on its way, or quarantined."""
-
-    def __init__(self, entry: ExpertSet, unit: Unit, *, guessed: bool) -> None:
-        self.entry = entry
-        self.unit = unit
-        self.state = _State.LOADING
-        self.references = 0
-        self.guesses = 0
-        self.guessed = guessed  # read because of a guess, and nobody has asked for it yet
-        self.expert: Expert | None = None
-        self.error: GreenroomError | None = None
-        self.retry_at = 0.0
-        self.load_s = 0.0
-        self.waiting: list[Reservation] = []
+_MAX_BACKOFF = 64
 
 
 class ExpertMemory:
-    """The host tier.
+    """The host tier, and through `tier` the one that kernels read. Safe to share between threads.
 
     Args:
-        read_unit: reads, checks and parses one unit; called on a loader thread.
-        budget_bytes: of expert tensors in host memory.
-        eviction: which units go first, see `runtime.memory.eviction`.
+        budget_bytes: of expert and router tensors in host memory.
+        eviction: what goes first, see `runtime.memory.eviction`.
         num_loaders: threads that read.
-        retry_s: how long a unit that failed to load stays quarantined before the disk is asked again.
+        retry_s: how long something that failed to load stays quarantined; doubles with every failure in a row.
+        floors: tenant -> bytes that the traffic of others leaves in memory.
+        tier: what kernels read.
         on_change: called from a loader thread after a load ended, outside the lock.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
-        read_unit: ReadUnit,
         *,
         budget_bytes: int,
         eviction: EvictionName = "lru",
         num_loaders: int = 1,
         retry_s: float = 5.0,
+        floors: Mapping[str, int] | None = None,
+        tier: Tier | None = None,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget_bytes = budget_bytes
-        self._read_unit = read_unit
         self._retry_s = retry_s
         self._on_change = on_change
         self._clock = clock
         self._lock = threading.Lock()
-        self._slots: dict[UnitKey, _Slot] = {}
-        self._eviction = make_eviction(eviction)
+        self._tier = tier or HostTier()
+        self._shelf = Shelf(budget_bytes, eviction, floors or {}, self._tier)
         self._loader = Loader(num_loaders, name="expert-loader")
         self._closed = False
-        self._resident_bytes = self._reserved_bytes = self._guessed_bytes = 0
-        self._counters = Counters()
 
-    def reserve(self, units: Units, *, priority: Priority = Priority.DEMAND) -> Reservation | None:
+    def reserve(
+        self, visible: VisibleSet, *, priority: Priority = Priority.DEMAND, tenant: str = "", pin: bool = False
+    ) -> Reservation | None:
         """Reserve a whole visible set and start reading what is absent; changes nothing unless it succeeds.
 
         Args:
-            units: every (layer, expert) that a sequence can touch, in the order in which they should be read.
+            visible: what a sequence can touch.
             priority: of the reads; `hurry` raises it later.
+            tenant: whose floor it may count for.
+            pin: it is held for long; what could never run beside it is refused instead of kept waiting. End it with
+                `unpin`.
 
         Returns:
             the reservation, or None where others' reservations leave too little of the budget now.
 
         Raises:
-            BudgetError: the set exceeds the whole budget.
-            RepertoireError: a unit is quarantined.
+            BudgetError: the set exceeds what the budget, the floors of other tenants and pins leave at best.
+            RepertoireError: a part of it is quarantined.
             UnavailableError: closed.
         """
-        needed = sum(unit.bytes for _, unit in units)
-        if needed > self.budget_bytes:
-            raise BudgetError(f"experts of {needed} bytes exceed the expert memory of {self.budget_bytes} bytes")
         with self._lock:
             if self._closed:
                 raise UnavailableError("the expert memory is closed")
-            self._raise_if_quarantined(units)
-            fresh = sum(unit.bytes for entry, unit in units if not self._references((entry.digest, unit.layer)))
-            if self._reserved_bytes + fresh > self.budget_bytes:
+            self._check_fits(visible, tenant)
+            self._raise_if_quarantined(visible)
+            if not self._shelf.accounts.can_reserve(self._shelf.fresh(visible, tenant)):
                 return None
-            reservation = Reservation(units, started=self._clock(), on_release=self._release)
-            for entry, unit in units:
-                self._reserve_unit(reservation, entry, unit, priority)
+            gone: list[UnitKey] = []
+            held = self._tier.hold(visible.wanted, gone)
+            for slot in (self._shelf.slots[key] for key in gone if key in self._shelf.slots):
+                slot.placed = None
+            if not held:
+                return None
+            reservation = Reservation(visible, started=self._clock(), on_release=self._release)
+            for wanted in visible.wanted:
+                self._reserve_one(reservation, wanted, priority, tenant)
+            if pin:
+                self._shelf.pin(reservation.keys, 1)
             reservation.complete_if_ready(self._clock())
             return reservation
+
+    def unpin(self, reservation: Reservation) -> None:
+        """Release a reservation that was made with `pin`."""
+        with self._lock:
+            self._shelf.pin(reservation.keys, -1)
+        reservation.release()
 
     def hurry(self, reservation: Reservation) -> None:
         """A sequence now waits for this reservation: its reads overtake all that nobody waits for."""
         for key in reservation.keys:
             self._loader.raise_to(key, Priority.DEMAND)
 
-    def prefetch(self, units: Units) -> Prefetch:
+    def prefetch(self, visible: VisibleSet, *, tenant: str = "", guess: bool = True) -> Prefetch:
         """Start reading what is absent because it may be wanted; reserves nothing and never fails.
 
         Nothing is read where reserved bytes and open guesses would then exceed the budget: guesses never evict guesses.
+
+        Args:
+            visible: what may be wanted.
+            tenant: on whose behalf.
+            guess: count it, and prefer it to what nobody waits for; else it is as if used now.
 
         Returns:
             the guess; `cancel` it when it turns out wrong, and what has not been read yet will not be.
         """
         keys = []
         with self._lock:
-            absent = sum(unit.bytes for entry, unit in units if (entry.digest, unit.layer) not in self._slots)
-            if not self._closed and self._reserved_bytes + self._guessed_bytes + absent <= self.budget_bytes:
-                for entry, unit in units:
-                    key = (entry.digest, unit.layer)
-                    slot = self._slots.get(key) or self._start(key, entry, unit, Priority.GUESS, guessed=True)
-                    if slot.state is _State.LOADING:
+            slots, accounts = self._shelf.slots, self._shelf.accounts
+            absent = sum(wanted.num_bytes for wanted in visible.wanted if wanted.key not in slots)
+            if not self._closed and accounts.claimed() + accounts.guessed + absent <= self.budget_bytes:
+                for wanted in visible.wanted:
+                    slot = slots.get(wanted.key) or self._start(wanted, Priority.GUESS, tenant, guessed=guess)
+                    if slot.state is State.LOADING and guess:
                         slot.guesses += 1
-                        keys.append(key)
+                        keys.append(wanted.key)
         return Prefetch(tuple(keys), on_cancel=self._withdraw)
 
-    def missing_bytes(self, units: Units) -> int:
-        """Bytes of these units that are neither in memory nor on their way."""
+    def missing_bytes(self, visible: VisibleSet) -> int:
+        """Bytes of these that are neither in memory nor on their way."""
         with self._lock:
-            return sum(unit.bytes for entry, unit in units if (entry.digest, unit.layer) not in self._slots)
+            return sum(wanted.num_bytes for wanted in visible.wanted if wanted.key not in self._shelf.slots)
+
+    def evict(self, digests: Container[str]) -> int:
+        """Drop what is in memory of these expert sets and nobody holds; returns the bytes that became free."""
+        with self._lock:
+            return self._shelf.drop_idle(digests)
+
+    def retire_all_but(self, digests: Container[str]) -> None:
+        """No generation names other expert sets any more: they go now, or when their last reservation is released."""
+        with self._lock:
+            self._shelf.retire_all_but(digests)
+
+    def forgive(self) -> None:
+        """Something new was published: what is quarantined may be tried again at once."""
+        with self._lock:
+            for slot in self._shelf.slots.values():
+                slot.retry_at = self._clock()
+
+    def state(self, key: UnitKey) -> State:
+        """Where one thing stands."""
+        with self._lock:
+            slot = self._shelf.slots.get(key)
+            return slot.state if slot else State.ABSENT
+
+    def residency(self) -> tuple[SetResidency, ...]:
+        """What is in memory, on its way or quarantined, per expert set."""
+        with self._lock:
+            return residency_of(self._shelf.slots.values(), frozenset(+self._shelf.pins))
 
     def statistics(self) -> MemoryStatistics:
         """A snapshot."""
         with self._lock:
-            return self._counters.snapshot(
+            return self._shelf.counters.snapshot(
                 budget_bytes=self.budget_bytes,
-                resident_bytes=self._resident_bytes,
-                reserved_bytes=self._reserved_bytes,
-                resident_units=sum(slot.state is _State.READY for slot in self._slots.values()),
+                resident_bytes=self._shelf.accounts.resident,
+                reserved_bytes=self._shelf.accounts.reserved,
+                resident_units=sum(slot.resident for slot in self._shelf.slots.values()),
+                pinned_bytes=self._shelf.pinned_bytes(),
             )
 
     def check_integrity(self) -> None:
         """Assert that the sums equal what the slots say and lie within the budget."""
         with self._lock:
-            ready = [slot for slot in self._slots.values() if slot.state is _State.READY]
-            reserved = [slot for slot in self._slots.values() if slot.references and slot.state is not _State.FAILED]
-            assert self._resident_bytes == sum(slot.unit.bytes for slot in ready), "resident bytes drifted"
-            assert self._reserved_bytes == sum(slot.unit.bytes for slot in reserved), "reserved bytes drifted"
-            assert self._resident_bytes <= self.budget_bytes, "resident bytes exceed the budget"
-            assert self._reserved_bytes <= self.budget_bytes, "reserved bytes exceed the budget"
-            guessed = [slot for slot in self._slots.values() if slot.guessed]
-            assert self._guessed_bytes == sum(slot.unit.bytes for slot in guessed), "guessed bytes drifted"
-            for key, slot in self._slots.items():
-                assert slot.references >= 0, f"{key}: negative references"
-                assert slot.guesses >= 0, f"{key}: negative guesses"
-                assert (slot.expert is not None) == (slot.state is _State.READY), f"{key}: {slot.state} and its expert"
+            self._shelf.check_integrity()
+            self._tier.check_integrity()
 
     def close(self) -> None:
         """Finish loads that run, drop the rest; idempotent."""
         with self._lock:
             self._closed = True
         self._loader.close()
+        with self._lock:
+            for slot in [slot for slot in self._shelf.slots.values() if slot.busy]:
+                slot.busy = False  # its job was dropped
+                self._shelf.dereference(slot)
 
     # ---- under the lock
 
-    def _references(self, key: UnitKey) -> int:
-        slot = self._slots.get(key)
-        return slot.references if slot else 0
+    def _check_fits(self, visible: VisibleSet, tenant: str) -> None:
+        needed = sum(wanted.num_bytes for wanted in visible.wanted)
+        own = {wanted.key for wanted in visible.wanted}
+        kept = self._shelf.accounts.kept_from(tenant) + self._shelf.pinned_bytes(but=own)
+        if needed + kept > self.budget_bytes:
+            taken = f", of which {kept} are kept for pins and other tenants" if kept else ""
+            raise BudgetError(f"experts of {needed} bytes exceed the expert memory of {self.budget_bytes} bytes{taken}")
+        self._tier.check_fits(visible.wanted)
 
-    def _raise_if_quarantined(self, units: Units) -> None:
+    def _raise_if_quarantined(self, visible: VisibleSet) -> None:
         now = self._clock()
-        for entry, unit in units:
-            key = (entry.digest, unit.layer)
-            slot = self._slots.get(key)
-            if slot is None or slot.state is not _State.FAILED:
-                continue
-            if slot.references or now < slot.retry_at:
+        for wanted in visible.wanted:
+            slot = self._shelf.slots.get(wanted.key)
+            if slot is not None and slot.state is State.FAILED and (slot.references or now < slot.retry_at):
                 assert slot.error is not None, "a failed slot knows why"
                 raise slot.error
-            del self._slots[key]
 
-    def _start(self, key: UnitKey, entry: ExpertSet, unit: Unit, priority: Priority, *, guessed: bool) -> _Slot:
-        slot = self._slots[key] = _Slot(entry, unit, guessed=guessed)
-        self._guessed_bytes += unit.bytes if guessed else 0
-        self._loader.submit(key, lambda: self._load(key, slot), priority=priority, order=unit.layer)
+    def _start(self, wanted: Wanted, priority: Priority, tenant: str, *, guessed: bool) -> Slot:
+        slot = self._shelf.add(wanted, tenant, guessed=guessed)
+        self._submit(slot, priority)
         return slot
 
-    def _reserve_unit(self, reservation: Reservation, entry: ExpertSet, unit: Unit, priority: Priority) -> None:
-        key = (entry.digest, unit.layer)
-        slot = self._slots.get(key) or self._start(key, entry, unit, priority, guessed=False)
-        if not slot.references:
-            self._reserved_bytes += unit.bytes
-        slot.references += 1
-        was_guessed = self._settle_guess(slot)
-        self._counters.prefetch_useful_bytes += unit.bytes if was_guessed else 0
-        if slot.state is _State.READY:
-            self._counters.hits += 1
-            self._eviction.used(key, num_bytes=unit.bytes, load_s=slot.load_s)
-            assert slot.expert is not None, "a ready slot holds its expert"
-            reservation.add(key, slot.expert, read=was_guessed)
+    def _submit(self, slot: Slot, priority: Priority) -> None:
+        key = slot.wanted.key
+        self._loader.submit(key, lambda: self._work(key, slot), priority=priority, order=key[1])
+
+    def _place(self, slot: Slot, priority: Priority) -> None:
+        slot.busy = True
+        self._shelf.reference(slot, slot.owner)  # it must not go while it is copied
+        self._submit(slot, priority)
+
+    def _reserve_one(self, reservation: Reservation, wanted: Wanted, priority: Priority, tenant: str) -> None:
+        counters = self._shelf.counters
+        slot = self._shelf.slots.get(wanted.key)
+        if slot is None or slot.state is State.FAILED:
+            slot = self._start(wanted, priority, tenant, guessed=False)
+            counters.demanded_bytes += wanted.num_bytes
+        was_guessed = self._shelf.reference(slot, tenant)
+        counters.prefetch_useful_bytes += slot.num_bytes if was_guessed else 0
+        if slot.placed is not None:
+            counters.hits += 1
+            reservation.add(wanted.key, slot.placed, read=was_guessed)
+            return
+        counters.misses += 1
+        slot.waiting.append(reservation)
+        if slot.resident and not slot.busy:
+            self._place(slot, priority)
         else:
-            self._counters.misses += 1
-            self._loader.raise_to(key, priority)
-            slot.waiting.append(reservation)
+            self._loader.raise_to(wanted.key, priority)
 
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
             for key in reservation.keys:
-                slot = self._slots[key]
-                slot.references -= 1
-                if not slot.references and slot.state is not _State.FAILED:
-                    self._reserved_bytes -= slot.unit.bytes
+                self._tier.let_go(key)
+                self._shelf.dereference(self._shelf.slots[key])
 
     def _withdraw(self, guess: Prefetch) -> None:
         with self._lock:
             for key in guess.keys:
-                slot = self._slots.get(key)
+                slot = self._shelf.slots.get(key)
                 if slot is None or not slot.guesses:
                     continue
                 slot.guesses -= 1
-                unwanted = slot.guessed and not slot.guesses and slot.state is _State.LOADING
+                unwanted = slot.guessed and not slot.guesses and slot.state is State.LOADING
                 if unwanted and self._loader.withdraw(key):
-                    self._settle_guess(slot)
-                    del self._slots[key]
-
-    def _settle_guess(self, slot: _Slot) -> bool:
-        """The slot is no open guess any more; True if it was one."""
-        was_guessed, slot.guessed = slot.guessed, False
-        self._guessed_bytes -= slot.unit.bytes if was_guessed else 0
-        return was_guessed
-
-    def _make_room(self, num_bytes: int) -> bool:
-        idle = [key for key, slot in self._slots.items() if slot.state is _State.READY and not slot.references]
-        order = self._eviction.order(idle)
-        order.sort(key=lambda key: self._slots[key].guessed)  # type: ignore[index]  # open guesses go last
-        for key in order:
-            if self._resident_bytes + num_bytes <= self.budget_bytes:
-                break
-            slot = self._slots.pop(key)  # type: ignore[call-overload]
-            self._resident_bytes -= slot.unit.bytes
-            self._eviction.gone(key, evicted=True)
-            self._counters.evictions += 1
-            self._counters.prefetch_wasted_bytes += slot.unit.bytes if self._settle_guess(slot) else 0
-        return self._resident_bytes + num_bytes <= self.budget_bytes
+                    self._shelf.settle_guess(slot)
+                    del self._shelf.slots[key]
 
     # ---- on a loader thread
 
-    def _load(self, key: UnitKey, slot: _Slot) -> None:
-        started = time.perf_counter()
-        expert: Expert | None = None
-        error: GreenroomError | None = None
-        try:
-            expert = self._read_unit(slot.entry, slot.unit)
-        except GreenroomError as caught:
-            error = caught
-        except (OSError, MemoryError) as caught:
-            error = RepertoireError(f"expert set {slot.entry.digest}: layer {slot.unit.layer} cannot be read: {caught}")
+    def _work(self, key: UnitKey, slot: Slot) -> None:
+        """Read what is not in host memory, and place what is wanted in the tier."""
+        value, error, seconds = slot.value, None, 0.0
+        if value is None:
+            started = time.perf_counter()
+            value, error = _read(slot.wanted)
+            seconds = time.perf_counter() - started
+        placed = None
         with self._lock:
-            slot.load_s = time.perf_counter() - started
-            self._counters.load_s += slot.load_s
-            waiting, slot.waiting = slot.waiting, []
-            now = self._clock()
-            if expert is not None:
-                self._admit(key, slot, expert)
-            else:
-                assert error is not None, "no expert means an error"
-                slot.state, slot.error, slot.retry_at = _State.FAILED, error, now + self._retry_s
-                self._counters.failures += 1
-                self._settle_guess(slot)
-                self._reserved_bytes -= slot.unit.bytes if slot.references else 0
-            for reservation in waiting:
-                if expert is None:
-                    reservation.fail(error)
-                else:
-                    reservation.add(key, expert, read=True)
-                    reservation.complete_if_ready(now)
+            claimed = value is not None and self._tier.claim(slot.wanted)
+        if claimed and value is not None:
+            placed = self._tier.put(key, value)
+        with self._lock:
+            if claimed:
+                self._tier.let_go(key)
+            if not slot.resident:
+                self._settle(slot, value, error, seconds)
+            self._hand_out(slot, placed)
         self._on_change()
 
-    def _admit(self, key: UnitKey, slot: _Slot, expert: Expert) -> None:
-        self._counters.loads += 1
-        self._counters.bytes_read += slot.unit.bytes
-        if self._make_room(slot.unit.bytes):
-            slot.state, slot.expert = _State.READY, expert
-            self._resident_bytes += slot.unit.bytes
-            self._eviction.used(key, num_bytes=slot.unit.bytes, load_s=slot.load_s)
+    def _settle(self, slot: Slot, value: Held | None, error: GreenroomError | None, seconds: float) -> None:
+        slot.load_s = seconds
+        self._shelf.counters.load_s += seconds
+        if value is not None:
+            self._shelf.admit(slot, value)
+            return
+        assert error is not None, "nothing read means an error"
+        slot.failures += 1
+        backoff = min(_MAX_BACKOFF, 2 ** (slot.failures - 1))
+        self._shelf.fail(slot, error, retry_at=self._clock() + self._retry_s * backoff)
+
+    def _hand_out(self, slot: Slot, placed: Held | None) -> None:
+        """Give those who wait what they wait for, or the reason why they will not get it."""
+        slot.placed = placed if slot.resident else None
+        was_busy, slot.busy = slot.busy, False
+        slot.waiting = [reservation for reservation in slot.waiting if not reservation.released]
+        if slot.resident and slot.placed is None and slot.waiting:
+            self._place(slot, Priority.DEMAND)  # it was reserved after this job had looked
         else:
-            assert not slot.references, "reserved units always find room"
-            del self._slots[key]
-            self._counters.prefetch_wasted_bytes += slot.unit.bytes if self._settle_guess(slot) else 0
+            waiting, slot.waiting = slot.waiting, []
+            for reservation in waiting:
+                if slot.placed is None:
+                    reservation.fail(slot.error)
+                else:
+                    reservation.add(slot.wanted.key, slot.placed, read=True)
+                    reservation.complete_if_ready(self._clock())
+        if was_busy:
+            self._shelf.dereference(slot)
+
+
+def _read(wanted: Wanted) -> tuple[Held | None, GreenroomError | None]:
+    try:
+        return wanted.read(), None
+    except GreenroomError as error:
+        return None, error
+    except (OSError, MemoryError) as error:
+        digest, layer = wanted.key
+        return None, RepertoireError(
+            f"expert set {digest}: layer {layer} of task {wanted.task} cannot be read: {error}"
+        )

@@ -22,18 +22,11 @@ class Counters:
     load_s: float = 0.0
     prefetch_useful_bytes: int = 0
     prefetch_wasted_bytes: int = 0
+    demanded_bytes: int = 0
 
-    def snapshot(
-        self, *, budget_bytes: int, resident_bytes: int, reserved_bytes: int, resident_units: int
-    ) -> MemoryStatistics:
-        """The counters now, with what is resident now."""
-        return MemoryStatistics(
-            budget_bytes=budget_bytes,
-            resident_bytes=resident_bytes,
-            reserved_bytes=reserved_bytes,
-            resident_units=resident_units,
-            **asdict(self),
-        )
+    def snapshot(self, **now: int) -> MemoryStatistics:
+        """The counters, with what is resident now."""
+        return MemoryStatistics(**now, **asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +47,8 @@ class MemoryStatistics:
         load_s: seconds in loads.
         prefetch_useful_bytes: read, or being read, because of a guess, and then reserved.
         prefetch_wasted_bytes: read because of a guess and gone before anybody reserved them.
+        demanded_bytes: reserved when nobody had begun to read them.
+        pinned_bytes: held by pins.
     """
 
     budget_bytes: int
@@ -69,3 +64,17 @@ class MemoryStatistics:
     load_s: float
     prefetch_useful_bytes: int
     prefetch_wasted_bytes: int
+    demanded_bytes: int
+    pinned_bytes: int
+
+    @property
+    def prefetch_precision(self) -> float:
+        """Share of the guessed bytes that came true, of those that did or can no more; 0 before the first."""
+        settled = self.prefetch_useful_bytes + self.prefetch_wasted_bytes
+        return self.prefetch_useful_bytes / settled if settled else 0.0
+
+    @property
+    def prefetch_recall(self) -> float:
+        """Share of the reserved bytes that had to be read and that a guess had begun to read; 0 before the first."""
+        needed = self.prefetch_useful_bytes + self.demanded_bytes
+        return self.prefetch_useful_bytes / needed if needed else 0.0

@@ -1,12 +1,13 @@
 """One generation, opened: manifest, locator, and every task's mixture.
 
 It knows nothing of expert weights, which stay on disk until `runtime.memory` reads them.
-Read first: a task whose router or locator entry cannot be read is quarantined in `faults`; the others are unharmed.
+Read first: a task whose locator entry (or router, where routers are read at once) cannot be read is quarantined in
+`faults`; the others are unharmed. A server reads routers only when a task is first asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from runtime.errors import BaseMismatchError, RepertoireError
@@ -16,6 +17,7 @@ from runtime.model.hyper_sets import stored_shapes
 from runtime.model.locator import Locator, frame_shapes
 from runtime.model.manifest import BaseRef, ExpertSet, LocatorEntry, LocatorRef, Manifest, Task, Unit
 from runtime.model.mixture import Mixture
+from runtime.model.on_demand import OnDemand
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
 from runtime.model.routers import hyper_sizes, make_mixture, router_shapes
@@ -30,8 +32,9 @@ class Generation:
         template: how an input becomes a prompt.
         locator: over all tasks without a fault.
         arrival: the same, for the guess from token embeddings.
-        mixtures: task -> mixture, of all tasks without a fault.
+        mixtures: task -> mixture, of all tasks without a fault; read when first asked for if opened so.
         faults: task -> why it cannot be served.
+        read_mixture: reads the mixture of a task from disk; raises RepertoireError where it is bad.
     """
 
     manifest: Manifest
@@ -40,9 +43,10 @@ class Generation:
     arrival: Locator
     mixtures: Mapping[str, Mixture]
     faults: Mapping[str, RepertoireError]
+    read_mixture: Callable[[str], Mixture]
 
-    def mixture(self, task: str) -> Mixture:
-        """Return the mixture of a task.
+    def check_task(self, task: str) -> None:
+        """Check that a task is there and not quarantined; reads nothing.
 
         Raises:
             UnknownTaskError: no such task.
@@ -51,19 +55,47 @@ class Generation:
         self.manifest.task(task)
         if task in self.faults:
             raise self.faults[task]
+
+    def mixture(self, task: str) -> Mixture:
+        """Return the mixture of a task.
+
+        Raises:
+            UnknownTaskError: no such task.
+            RepertoireError: the task is quarantined.
+        """
+        self.check_task(task)
         return self.mixtures[task]
 
     def visible_units(self, mixture: Mixture) -> tuple[tuple[ExpertSet, Unit], ...]:
-        """Every (layer, expert) that a sequence of this mixture can touch, by layer."""
-        digests = {digest for router in mixture.routers.values() for digest in router.experts}
-        pairs = [
-            (entry, unit)
-            for entry in self.manifest.experts
-            if entry.digest in digests
-            for unit in entry.units
-            if unit.layer in mixture.routers and entry.digest in mixture.routers[unit.layer].experts
-        ]
-        return tuple(sorted(pairs, key=lambda pair: (pair[1].layer, pair[0].digest)))
+        """Every (layer, expert) that a sequence of this mixture can touch, in the order of `task_units`."""
+        used = {(digest, layer) for layer, router in mixture.routers.items() for digest in router.experts}
+        units = self.task_units(mixture.task)
+        return tuple((entry, unit) for entry, unit in units if (entry.digest, unit.layer) in used)
+
+    def router_bytes(self, task: str) -> int:
+        """What a task's routers count for in memory: a row of D float32 per (layer, expert) of its visible set."""
+        return max(1, len(self.task_units(task))) * self.manifest.base.width * 4
+
+    def task_units(self, task: str) -> tuple[tuple[ExpertSet, Unit], ...]:
+        """Every (layer, expert) that a sequence of this task can touch, in the order in which they should be read.
+
+        By layer; within a layer by how often the task's router chose the expert in training, the most used first.
+        """
+        entry = self.manifest.task(task)
+        layers = zip(self.manifest.visible_layers(entry).items(), entry.router.usage or (), strict=False)
+        usage = {
+            (digest, layer): share
+            for (layer, experts), shares in layers
+            for digest, share in zip(experts, shares, strict=True)
+        }
+        sets = [self.manifest.expert_set(digest) for digest in entry.router.all_experts()]
+        pairs = [(expert_set, unit) for expert_set in sets for unit in expert_set.units]
+
+        def order(pair: tuple[ExpertSet, Unit]) -> tuple[int, float, str]:
+            digest, layer = pair[0].digest, pair[1].layer
+            return layer, -usage.get((digest, layer), 0.0), digest
+
+        return tuple(sorted(pairs, key=order))
 
 
 def base_ref(info: BaseInfo) -> BaseRef:
@@ -95,8 +127,13 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
             raise BaseMismatchError(f"base {info.name}: {field} is {found[:12]}..., {made_for}")
 
 
-def open_generation(repertoire: Repertoire, number: int | None = None) -> Generation:
+def open_generation(repertoire: Repertoire, number: int | None = None, *, routers: bool = True) -> Generation:
     """Open a generation, the current one by default.
+
+    Args:
+        repertoire: where it lies.
+        number: of the generation.
+        routers: read all routers now, so that bad ones are among the faults; else each when it is first asked for.
 
     Raises:
         RepertoireError: manifest or frame cannot be read; a fault of one task alone is recorded, not raised.
@@ -106,6 +143,10 @@ def open_generation(repertoire: Repertoire, number: int | None = None) -> Genera
         ref.frame: repertoire.read_tensors(ref.frame, frame_shapes(manifest.base.width))
         for ref in (manifest.locator, manifest.arrival)
     }
+
+    def read_mixture(name: str) -> Mixture:
+        return _open_mixture(repertoire, manifest, manifest.task(name))
+
     mixtures: dict[str, Mixture] = {}
     densities: list[tuple[Task, Weights, Weights]] = []
     faults: dict[str, RepertoireError] = {}
@@ -113,10 +154,12 @@ def open_generation(repertoire: Repertoire, number: int | None = None) -> Genera
         try:
             locator = _read_density(repertoire, manifest.locator, task.locator)
             arrival = _read_density(repertoire, manifest.arrival, task.arrival)
-            mixtures[task.name] = _open_mixture(repertoire, manifest, task)
+            if routers:
+                mixtures[task.name] = read_mixture(task.name)
             densities.append((task, locator, arrival))
         except RepertoireError as error:
             faults[task.name] = error
+    on_demand = OnDemand((task.name for task, _, _ in densities), read_mixture)
     return Generation(
         manifest=manifest,
         template=PromptTemplate.parse(manifest.prompt_template),
@@ -126,8 +169,9 @@ def open_generation(repertoire: Repertoire, number: int | None = None) -> Genera
         arrival=_locator(
             manifest.arrival, frames, [(task.name, tensors, task.arrival) for task, _, tensors in densities]
         ),
-        mixtures=mixtures,
+        mixtures=mixtures if routers else on_demand,
         faults=faults,
+        read_mixture=read_mixture,
     )
 
 

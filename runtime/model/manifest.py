@@ -7,6 +7,7 @@ Read first: a manifest is immutable; publishing always writes a new one. `docs/F
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -191,6 +192,7 @@ class Manifest(Record):
                 if digest not in known:
                     raise ValueError(f"task {task.name}: expert set {digest} is not listed")
             self._check_general(task)
+            self._check_usage(task)
         return self
 
     @model_validator(mode="after")
@@ -206,6 +208,12 @@ class Manifest(Record):
             raise ValueError(f"groups: expert set {min(set(members) - known)} is not listed")
         return self
 
+    def _check_usage(self, task: Task) -> None:
+        if task.router.usage is not None:
+            counts = [len(experts) for experts in self.visible_layers(task).values()]
+            if counts != [len(shares) for shares in task.router.usage]:
+                raise ValueError(f"task {task.name}: usage needs one share per layer and visible expert, {counts}")
+
     def _check_general(self, task: Task) -> None:
         grouping = task.router.grouping
         if grouping is not None and grouping.general is not None:
@@ -220,10 +228,10 @@ class Manifest(Record):
         Raises:
             UnknownTaskError: there is none.
         """
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise UnknownTaskError(f"task={name!r}: generation {self.generation} holds {self.task_names()}")
+        try:
+            return self._tasks_by_name[name]
+        except KeyError:
+            raise UnknownTaskError(f"task={name!r}: generation {self.generation} holds {self.task_names()}") from None
 
     def task_names(self) -> tuple[str, ...]:
         """Names of all tasks in the order of their arrival."""
@@ -231,17 +239,23 @@ class Manifest(Record):
 
     def expert_set(self, digest: str) -> ExpertSet:
         """Return a listed expert set; `_references_resolve` guarantees that every referenced one is listed."""
-        return next(expert_set for expert_set in self.experts if expert_set.digest == digest)
+        return self._sets_by_digest[digest]
+
+    @cached_property
+    def _tasks_by_name(self) -> dict[str, Task]:
+        return {task.name: task for task in self.tasks}
+
+    @cached_property
+    def _sets_by_digest(self) -> dict[str, ExpertSet]:
+        return {expert_set.digest: expert_set for expert_set in self.experts}
 
     def visible_layers(self, task: Task) -> dict[int, tuple[str, ...]]:
         """Return for every layer the digests of the visible experts there, in the order of the router's rows."""
-        layers: dict[int, tuple[str, ...]] = {}
-        visible = set(task.router.visible)
-        known = {expert_set.digest: expert_set for expert_set in self.experts if expert_set.digest in visible}
+        layers: dict[int, list[str]] = {}
         for digest in task.router.visible:
-            for unit in known[digest].units:
-                layers[unit.layer] = (*layers.get(unit.layer, ()), digest)
-        return dict(sorted(layers.items()))
+            for unit in self.expert_set(digest).units:
+                layers.setdefault(unit.layer, []).append(digest)
+        return {layer: tuple(digests) for layer, digests in sorted(layers.items())}
 
     def blob_digests(self) -> frozenset[str]:
         """All blobs that this generation needs."""

@@ -53,6 +53,8 @@ class RouterRef(Record):
     """A task's router: one weight [E, D] per layer; row j belongs to the j-th visible expert that has this layer.
 
     `top_k` experts are kept per token; a grouped router keeps all, so that its `top_k` is the number of visible sets.
+    `usage` has for every layer with visible experts, ascending, the share of the router's weight that fell on each of
+    them in training; None where that was not counted. It decides only what is read first.
     """
 
     kind: RouterKind
@@ -60,6 +62,7 @@ class RouterRef(Record):
     top_k: Annotated[int, Field(ge=1)]
     visible: tuple[Digest, ...]
     grouping: Grouping | None = None
+    usage: tuple[tuple[Annotated[float, Field(ge=0, le=1)], ...], ...] | None = None
 
     @model_validator(mode="after")
     def _kind_fits(self) -> Self:

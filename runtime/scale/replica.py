@@ -124,9 +124,7 @@ class Replica:
         """What the router wants to know: the tasks whose whole visible set is in memory, and how much was read."""
         generation, memory = self._engine.generation, self._engine.memory
         resident = [
-            task
-            for task, mixture in generation.mixtures.items()
-            if not memory.missing_bytes(generation.visible_units(mixture))
+            task for task in generation.mixtures if not memory.missing_bytes(self._engine.visible.of(generation, task))
         ]
         return {RESIDENT: resident, "loads": memory.statistics().loads}
 

@@ -1,0 +1,12 @@
+"""The identity of what memory can hold.
+
+It knows nothing of what that is, and imports nothing, so that options can name orders of eviction without tensors.
+Read first: routers lie at layer -1, below every layer with experts.
+"""
+
+from __future__ import annotations
+
+UnitKey = tuple[str, int]
+"""(digest of the expert set, layer); of routers (digest @ generation, ROUTERS)."""
+
+ROUTERS = -1

@@ -1,0 +1,175 @@
+"""The shelf: all slots and their sums, and what goes when room is needed; plain state without threads or disks.
+
+It knows nothing of reads or reservations; `runtime.memory.memory` changes it under its lock.
+Read first: a slot's bytes count as resident while it has a value, as reserved while somebody references it (and it has
+not failed), as guessed while a guess brought it and nobody has asked for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+
+from runtime.errors import GreenroomError
+from runtime.memory.accounts import Accounts
+from runtime.memory.eviction import EvictionName, make_eviction
+from runtime.memory.keys import UnitKey
+from runtime.memory.slot import Slot, State
+from runtime.memory.statistics import Counters
+from runtime.memory.tier import Tier
+from runtime.memory.wanted import Held, VisibleSet, Wanted
+
+
+class Shelf:
+    """Slots by key.
+
+    Args:
+        budget_bytes: of what is resident, and of what is reserved.
+        eviction: what goes first.
+        floors: tenant -> bytes that the traffic of others leaves alone.
+        tier: told what is forgotten.
+
+    `slots`, `accounts` and `counters` are there to be read.
+    """
+
+    def __init__(self, budget_bytes: int, eviction: EvictionName, floors: Mapping[str, int], tier: Tier) -> None:
+        self.slots: dict[UnitKey, Slot] = {}
+        self.accounts = Accounts(budget_bytes, floors)
+        self.counters = Counters()
+        self.pins: Counter[UnitKey] = Counter()
+        self._tier = tier
+        self._eviction = make_eviction(eviction)
+
+    def add(self, wanted: Wanted, tenant: str, *, guessed: bool) -> Slot:
+        """Make a slot for what is absent or has failed; it begins as LOADING."""
+        before = self.slots.get(wanted.key)
+        failures, owner = (before.failures, before.owner) if before else (0, tenant)
+        slot = self.slots[wanted.key] = Slot(wanted, guessed=guessed, owner=owner, failures=failures)
+        self.accounts.guessed += wanted.num_bytes if guessed else 0
+        return slot
+
+    def fresh(self, visible: VisibleSet, tenant: str) -> Counter[str]:
+        """Bytes of a set that nobody has reserved, by whose they would be."""
+        fresh: Counter[str] = Counter()
+        for wanted in visible.wanted:
+            slot = self.slots.get(wanted.key)
+            if slot is None or not slot.references:
+                fresh[self.accounts.owner(slot.owner if slot else tenant, tenant)] += wanted.num_bytes
+        return fresh
+
+    def reference(self, slot: Slot, tenant: str) -> bool:
+        """Hold a slot once more; True if it was an open guess until now."""
+        owner = self.accounts.owner(slot.owner, tenant)
+        if owner != slot.owner:
+            self._move(slot, owner)
+        if not slot.references:
+            self.accounts.add_reserved(slot.owner, slot.num_bytes)
+        slot.references += 1
+        if slot.resident:
+            self._eviction.used(slot.wanted.key, num_bytes=slot.num_bytes, load_s=slot.load_s)
+        return self.settle_guess(slot)
+
+    def dereference(self, slot: Slot) -> None:
+        """End one hold of a slot."""
+        slot.references -= 1
+        if not slot.references and slot.state is not State.FAILED:
+            self.accounts.add_reserved(slot.owner, -slot.num_bytes)
+            if slot.state is State.RETIRED:
+                self.drop(slot.wanted.key)
+
+    def settle_guess(self, slot: Slot) -> bool:
+        """The slot is no open guess any more; True if it was one."""
+        was_guessed, slot.guessed = slot.guessed, False
+        self.accounts.guessed -= slot.num_bytes if was_guessed else 0
+        return was_guessed
+
+    def admit(self, slot: Slot, value: Held) -> bool:
+        """What was read comes in; False, and the slot is gone, where there is no room for a guess."""
+        self.counters.loads += 1
+        self.counters.bytes_read += slot.num_bytes
+        if not self._make_room(slot.num_bytes, slot.owner):
+            assert not slot.references, "what is reserved always finds room"
+            self.drop(slot.wanted.key)
+            return False
+        slot.state, slot.value, slot.failures = State.READY, value, 0
+        self.accounts.add_resident(slot.owner, slot.num_bytes)
+        self._eviction.used(slot.wanted.key, num_bytes=slot.num_bytes, load_s=slot.load_s)
+        return True
+
+    def fail(self, slot: Slot, error: GreenroomError, *, retry_at: float) -> None:
+        """It could not be read; it stays quarantined until `retry_at`."""
+        slot.state, slot.error, slot.retry_at = State.FAILED, error, retry_at
+        self.counters.failures += 1
+        self.settle_guess(slot)
+        if slot.references:
+            self.accounts.add_reserved(slot.owner, -slot.num_bytes)
+
+    def drop(self, key: UnitKey) -> int:
+        """Forget a slot that nobody holds; returns the bytes that it had in memory."""
+        slot = self.slots.pop(key)
+        self.counters.prefetch_wasted_bytes += slot.num_bytes if self.settle_guess(slot) else 0
+        self._tier.forget(key)
+        if not slot.resident:
+            return 0
+        self.accounts.add_resident(slot.owner, -slot.num_bytes)
+        self._eviction.gone(key, evicted=True)
+        self.counters.evictions += 1
+        return slot.num_bytes
+
+    def drop_idle(self, digests: Container[str]) -> int:
+        """Drop what nobody holds of these expert sets; returns the bytes."""
+        return sum(self.drop(key) for key in [k for k, s in self.slots.items() if k[0] in digests and s.idle])
+
+    def retire_all_but(self, digests: Container[str]) -> None:
+        """Other expert sets go now, or when their last hold ends."""
+        for key, slot in list(self.slots.items()):
+            if key[0] in digests:
+                slot.state = State.READY if slot.state is State.RETIRED else slot.state
+            elif slot.idle or (slot.state is State.FAILED and not slot.references):
+                self.drop(key)
+            elif slot.state is State.READY:
+                slot.state = State.RETIRED
+
+    def pinned_bytes(self, but: Container[UnitKey] = ()) -> int:
+        """Bytes that pins hold, except those of these keys."""
+        return sum(self.slots[key].num_bytes for key in +self.pins if key not in but)
+
+    def pin(self, keys: Iterable[UnitKey], sign: int) -> None:
+        """Count a pin of these keys, or with -1 its end."""
+        for key in keys:
+            self.pins[key] += sign
+
+    def check_integrity(self) -> None:
+        """Assert that the sums equal what the slots say and lie within the budget."""
+        accounts, slots = self.accounts, self.slots.values()
+        accounts.check()
+        assert accounts.resident == sum(slot.num_bytes for slot in slots if slot.resident), "resident bytes drifted"
+        held = [slot for slot in slots if slot.references and slot.state is not State.FAILED]
+        assert accounts.reserved == sum(slot.num_bytes for slot in held), "reserved bytes drifted"
+        assert accounts.guessed == sum(slot.num_bytes for slot in slots if slot.guessed), "guessed bytes drifted"
+        assert all(self.slots[key].references for key in +self.pins), "something pinned is not held"
+        for key, slot in self.slots.items():
+            assert slot.references >= 0, f"{key}: negative references"
+            assert slot.guesses >= 0, f"{key}: negative guesses"
+            in_memory = slot.state in {State.READY, State.RETIRED}
+            assert slot.resident == in_memory, f"{key}: {slot.state} and its value"
+            assert slot.placed is None or slot.resident, f"{key}: placed, but not in host memory"
+
+    def _move(self, slot: Slot, owner: str) -> None:
+        for sign, name in ((-1, slot.owner), (1, owner)):
+            if slot.resident:
+                self.accounts.add_resident(name, sign * slot.num_bytes)
+            if slot.references and slot.state is not State.FAILED:
+                self.accounts.add_reserved(name, sign * slot.num_bytes)
+        slot.owner = owner
+
+    def _make_room(self, num_bytes: int, tenant: str) -> bool:
+        accounts = self.accounts
+        order = self._eviction.order([key for key, slot in self.slots.items() if slot.idle])
+        order.sort(key=lambda key: self.slots[key].guessed)  # open guesses go last
+        for key in order:
+            if accounts.resident + num_bytes <= accounts.budget:
+                break
+            if not accounts.protects(self.slots[key].owner, tenant):
+                self.drop(key)
+        return accounts.resident + num_bytes <= accounts.budget

@@ -1,0 +1,103 @@
+"""Visible sets: what a sequence of a task wants in memory, and how each part of it is read and checked.
+
+It knows nothing of budgets or threads; reads run on the thread that calls them.
+Read first: nothing is read to say what is wanted, so it costs no disk to ask.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from threading import Lock
+
+from runtime.errors import RankLimitError, UnboundExpertError
+from runtime.memory.keys import ROUTERS
+from runtime.memory.wanted import VisibleSet, Wanted
+from runtime.model.expert import Expert, LowRank, unit_tensors
+from runtime.model.generation import Generation
+from runtime.model.manifest import BaseRef, ExpertSet, Unit
+from runtime.model.mixture import Mixture
+from runtime.model.repertoire import Repertoire
+
+_KEPT = 256  # sets whose description is kept; making one anew costs microseconds per (layer, expert)
+
+
+class VisibleSets:
+    """Describes what tasks want.
+
+    Args:
+        repertoire: where it is read from.
+        max_rank: an expert of a higher rank is refused; memory and time of a step follow the ranks.
+    """
+
+    def __init__(self, repertoire: Repertoire, *, max_rank: int) -> None:
+        self._repertoire = repertoire
+        self._max_rank = max_rank
+        self._lock = Lock()
+        self._kept: OrderedDict[tuple[int, str], VisibleSet] = OrderedDict()
+
+    def of(self, generation: Generation, task: str) -> VisibleSet:
+        """What a sequence of this task can touch: its routers first, then experts by layer, the most used first.
+
+        Raises:
+            UnknownTaskError: no such task.
+            RepertoireError: the task is quarantined.
+        """
+        key = (generation.manifest.generation, task)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = self._make(generation, task)
+        with self._lock:
+            self._kept[key] = made
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return made
+
+    def routers_of(self, generation: Generation, task: str) -> VisibleSet:
+        """The routers of a task alone."""
+        whole = self.of(generation, task)
+        return VisibleSet(task=task, routers=whole.routers, wanted=whole.wanted[:1])
+
+    def of_mixture(self, generation: Generation, mixture: Mixture) -> VisibleSet:
+        """The experts alone of what a request made of a task's mixture."""
+        keys = {(entry.digest, unit.layer) for entry, unit in generation.visible_units(mixture)}
+        whole = self.of(generation, mixture.task)
+        return VisibleSet(task=mixture.task, routers=None, wanted=[w for w in whole.wanted if w.key in keys])
+
+    def _make(self, generation: Generation, task: str) -> VisibleSet:
+        generation.check_task(task)
+        manifest = generation.manifest
+        units = generation.task_units(task)
+        routers = (f"{manifest.task(task).router.digest}@{manifest.generation}", ROUTERS)
+        num_bytes = generation.router_bytes(task)
+        read_routers = partial(generation.read_mixture, task)
+        wanted = [Wanted(key=routers, task=task, num_bytes=num_bytes, rows=(), read=read_routers)]
+        for entry, unit in units:
+            rows = [_row(name, shape) for name, shape in unit_tensors(unit.ranks, manifest.base).items()]
+            read = partial(self._read_expert, entry, unit, manifest.base)
+            key = (entry.digest, unit.layer)
+            wanted.append(Wanted(key=key, task=entry.task, num_bytes=unit.bytes, rows=tuple(rows), read=read))
+        return VisibleSet(task=task, routers=routers, wanted=tuple(wanted))
+
+    def _read_expert(self, entry: ExpertSet, unit: Unit, base: BaseRef) -> Expert:
+        if not unit.ranks:
+            raise UnboundExpertError(f"expert set {entry.digest}: layer {unit.layer} binds to no module")
+        highest = max(unit.ranks.values())
+        if highest > self._max_rank:
+            raise RankLimitError(
+                f"expert set {entry.digest}: layer {unit.layer} has rank {highest}, this engine takes {self._max_rank}"
+            )
+        return row_major(self._repertoire.read_unit(entry, unit, base))
+
+
+def row_major(expert: Expert) -> Expert:
+    """The same expert with every B as the transpose of a contiguous [R, out], which kernels can read in place."""
+    updates = {t: LowRank(update.a, update.b.t().contiguous().t()) for t, update in expert.updates.items()}
+    return Expert(layer=expert.layer, scale=expert.scale, updates=updates)
+
+
+def _row(name: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """(rank, width) of A [R, in] or B [out, R]."""
+    return shape if name.endswith(".a") else (shape[1], shape[0])
