@@ -58,7 +58,6 @@ def batch(
     seed: Annotated[int | None, typer.Option(help="Of sampling; each row adds its line. By default: 0.")] = None,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
-    prefix_memory: flags.PrefixMemoryFlag = flags.DEFAULT_PREFIX_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,
     policy: flags.PolicyFlag = flags.LIMITS.policy,
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,
@@ -83,7 +82,7 @@ def batch(
         threads=threads,
         expert_memory=expert_memory,
         kv_memory=kv_memory,
-        prefix_memory=prefix_memory,
+        prefix_memory="0B",  # what ran before must not change how a shard is computed
         max_running=max_running,
         policy=policy,
         eviction=eviction,
