@@ -77,8 +77,8 @@ def test_the_last_feature_is_the_last_token_of_what_leaves_the_last_layer(tiny_b
         torch.testing.assert_close(tiny_base.model.model.norm(row), states[-1][0, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("feature", ["embedding", "layer:1"])
-def test_the_engine_locates_from_any_feature_of_the_base_only_layers(
+@pytest.mark.parametrize("feature", ["embedding", "layer:2"])
+def test_the_engine_locates_from_the_embedding_or_where_the_experts_begin(
     tiny_base: BaseModel, tmp_path: Path, make_engine: Callable[..., Engine], feature: str
 ) -> None:
     repertoire = made(tmp_path, tiny_base, locator_feature=feature, locator_false_abstain=0.0)
@@ -95,8 +95,8 @@ def test_the_engine_locates_from_any_feature_of_the_base_only_layers(
             assert found.margin == pytest.approx(wanted.margin, rel=1e-3)
 
 
-@pytest.mark.parametrize("feature", ["last", "layer:3"])
-def test_the_engine_refuses_a_feature_that_no_base_only_layer_has(
+@pytest.mark.parametrize("feature", ["last", "layer:1", "layer:3"])
+def test_the_engine_refuses_a_feature_from_where_it_does_not_stop(
     tiny_base: BaseModel, tmp_path: Path, make_engine: Callable[..., Engine], feature: str
 ) -> None:
     repertoire = made(tmp_path, tiny_base, locator_feature=feature)

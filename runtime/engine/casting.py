@@ -121,9 +121,7 @@ class Casting:
         Where that is none at all, its reads overtake all that nobody waits for, and the time counts as a stall.
         """
         reservation = sequence.reservation
-        if not sequence.decided:
-            ready = max(1, sequence.generation.manifest.locator.layer)
-        elif sequence.awaits_experts or (sequence.task is not None and sequence.mixture is None):
+        if not sequence.decided or sequence.awaits_experts or (sequence.task is not None and sequence.mixture is None):
             ready = self._first_layer
         else:
             missing = reservation.next_missing_layer() if reservation is not None else None

@@ -30,7 +30,7 @@ class Generations:
         on_retire: called before that with the generations that are still in use.
 
     Raises:
-        InvalidInputError: its locator reads prompts where no base-only layer has left them.
+        InvalidInputError: its locator reads prompts where the engine does not stop to look.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Generations:
 
         Raises:
             InvalidInputError: it cannot replace the current one in a running engine: another base, another first expert
-                layer, or the same number; or its locator reads prompts above the base-only layers.
+                layer, or the same number; or its locator reads where the engine does not stop.
         """
         new, old = generation.manifest, self.current.manifest
         if (new.base.digest, new.base.tokenizer_digest) != (old.base.digest, old.base.tokenizer_digest):
@@ -123,9 +123,9 @@ class Generations:
 
 def _check_locatable(generation: Generation) -> None:
     locator, first_layer = generation.manifest.locator, generation.manifest.first_layer
-    if locator.feature != "residual_mean" or locator.layer > first_layer:
+    if locator.feature != "residual_mean" or locator.layer not in (0, first_layer):
         raise InvalidInputError(
             "locator.feature",
             f"{locator.feature} at layer {locator.layer}",
-            f"the engine locates from the mean over a prompt of what enters a layer up to {first_layer}",
+            f"the engine locates from the mean over a prompt of what enters layer 0 or {first_layer}",
         )
