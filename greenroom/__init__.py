@@ -4,6 +4,7 @@ It knows nothing of models, and importing it imports no torch.
 Read first: `Client("host:port").generate("text")` is the whole of it; everything else is an option.
 """
 
+from greenroom.admin_client import AdminClient, AdminEvent, TaskStatus
 from greenroom.channel import Tls
 from greenroom.client import AsyncClient, Client
 from greenroom.client_errors import (
@@ -42,6 +43,8 @@ from greenroom.results import (
 
 __all__ = [
     "AbortedError",
+    "AdminClient",
+    "AdminEvent",
     "Alternative",
     "Answer",
     "AsyncClient",
@@ -68,6 +71,7 @@ __all__ = [
     "Score",
     "StreamEvent",
     "TaskScore",
+    "TaskStatus",
     "Tls",
     "TokenLogprob",
     "UnauthenticatedError",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from greenroom.cli.admin import app as admin
 from greenroom.cli.adopt import app as adopt
 from greenroom.cli.ask import ask
 from greenroom.cli.base import app as base
@@ -63,6 +64,7 @@ app.add_typer(base, name="base")
 app.add_typer(adopt, name="import")
 app.add_typer(repertoire, name="repertoire")
 app.add_typer(token, name="token")
+app.add_typer(admin, name="admin")
 for command in (train, train_router, evaluate, export, locate, serve, ask, batch, demo, doctor):
     app.command()(command)
 

@@ -55,6 +55,10 @@ def serve(
         float, typer.Option(min=0.0, max=1.0, help="Seconds that tokens may wait to be sent together; not the first.")
     ] = _SERVER.coalesce,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens; see `greenroom token`.")] = None,
+    admin: Annotated[bool, typer.Option("--admin/--no-admin", help="Serve administration; needs tokens.")] = (
+        _SERVER.admin
+    ),
+    signing_key: Annotated[Path | None, typer.Option(help="Private key (ed25519, PEM) for rollbacks.")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM: the server's certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM: its private key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM: who signs clients; asks for certificates.")] = None,
@@ -124,7 +128,7 @@ def serve_as(chosen: ServeConfig) -> None:
         engine = build_engine(engine_flags)
         follower = HeadFollower(open_repertoire(engine_flags), engine, interval_s=chosen.server.follow)
         try:
-            server, guard = make_server(chosen, engine, tracing)
+            server, guard = make_server(chosen, engine, follower, tracing)
             front = make_front(chosen, server, guard)
             if chosen.server.follow:
                 follower.start()

@@ -60,6 +60,8 @@ class ServerSection(_Section):
     coalesce: Annotated[float, Field(ge=0, le=1)] = 0.04
     max_calls: Annotated[int, Field(ge=1, le=100_000)] = 1024
     tokens: Path | None = None
+    admin: bool = False
+    signing_key: Path | None = None
 
 
 class TlsSection(_Section):

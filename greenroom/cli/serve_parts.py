@@ -14,23 +14,28 @@ from typing import TYPE_CHECKING
 import typer
 
 from greenroom.cli.engine_flags import parse_size
-from greenroom.cli.serve_config import LogSection, MetricsSection, ServeConfig, TlsSection, TracesSection
+from greenroom.cli.serve_config import LogSection, MetricsSection, ServeConfig, ServerSection, TlsSection, TracesSection
 from runtime.errors import InvalidInputError
+from runtime.model.signature import Signer
+from runtime.service.admin_servicer import AdminServicer
 from runtime.service.guard import Guard
 from runtime.service.logs import JsonLines
 from runtime.service.metrics import Metrics
 from runtime.service.metrics_port import metrics_port
-from runtime.service.server import Server
+from runtime.service.server import Server, Service
 from runtime.service.tls import TlsFiles
 from runtime.service.tokens import Tokens
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
+    from runtime.engine.follower import HeadFollower
     from runtime.service.http_front import HttpFront
     from runtime.service.tracing import Tracing
 
 
-def make_server(chosen: ServeConfig, engine: Engine, tracing: Tracing | None) -> tuple[Server, Guard]:
+def make_server(
+    chosen: ServeConfig, engine: Engine, follower: HeadFollower, tracing: Tracing | None
+) -> tuple[Server, Guard]:
     """A server that is not started yet, and what guards its calls.
 
     Raises:
@@ -50,6 +55,7 @@ def make_server(chosen: ServeConfig, engine: Engine, tracing: Tracing | None) ->
         coalesce_s=section.coalesce,
         tls=tls_files(chosen.tls),
         guard=guard,
+        services=admin_services(chosen.server, engine, follower),
         name=section.name,
     )
     return server, guard
@@ -75,6 +81,22 @@ def make_front(chosen: ServeConfig, server: Server, guard: Guard) -> HttpFront |
         tls=tls_files(chosen.tls),
         max_connections=chosen.server.max_calls,
     )
+
+
+def admin_services(section: ServerSection, engine: Engine, follower: HeadFollower) -> tuple[Service, ...]:
+    """The admin service, where it is configured.
+
+    Raises:
+        InvalidInputError: without tokens nobody could reach it; or its key cannot be read.
+    """
+    if not section.admin:
+        if section.signing_key is not None:
+            raise InvalidInputError("server.signing_key", str(section.signing_key), "is for administration alone")
+        return ()
+    if section.tokens is None:
+        raise InvalidInputError("server.admin", section.admin, "needs tokens, one of them with the scope admin")
+    signer = Signer.load(section.signing_key) if section.signing_key is not None else None
+    return (AdminServicer(engine, follower, signer=signer).service(),)
 
 
 def tls_files(section: TlsSection) -> TlsFiles | None:

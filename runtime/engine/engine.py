@@ -145,6 +145,11 @@ class Engine:
         """What new requests get."""
         return self._generations.current
 
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken now."""
+        return self._refusing is None
+
     def publish(self, generation: Generation, *, retire: Callable[[], None] = lambda: None) -> None:
         """Serve another generation from now on; requests in flight keep the one they began with.
 

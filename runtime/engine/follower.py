@@ -14,9 +14,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from runtime.engine.engine import Engine
-from runtime.errors import GreenroomError
+from runtime.errors import GenerationMismatchError, GreenroomError, InvalidInputError
 from runtime.model.generation import Generation, open_generation
 from runtime.model.repertoire import Repertoire
+from runtime.model.signature import Signer
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class HeadFollower:
         self._repertoire = repertoire
         self._engine = engine
         self._interval_s = interval_s
+        self._lock = threading.Lock()  # one publishes at a time
         self._refused: tuple[int, bytes | None] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="head-follower", daemon=True)
@@ -63,6 +65,45 @@ class HeadFollower:
         if self._thread.is_alive():
             self._thread.join()
 
+    def publish(self, *, expected: int, number: int) -> None:
+        """Publish what HEAD names, if that is `number` and the engine serves `expected`.
+
+        Raises:
+            GenerationMismatchError: the engine serves another generation.
+            InvalidInputError: HEAD names another generation, or the engine serves this one already.
+            GreenroomError: it cannot be read or served.
+        """
+        with self._lock:
+            self._check_served(expected)
+            head = self._repertoire.head()
+            if number != head:
+                raise InvalidInputError("generation", number, f"the repertoire's newest generation is {head}")
+            if number == expected:
+                raise InvalidInputError("generation", number, "is being served already")
+            self._refused = None
+            self._look()
+
+    def rollback(self, *, expected: int, to: int, signer: Signer | None = None) -> int:
+        """Make a new generation with the content of an older one and publish it; see `Repertoire.rollback`.
+
+        Returns:
+            its number.
+
+        Raises:
+            GenerationMismatchError: the engine serves another generation than `expected`, or HEAD names another.
+            GreenroomError: the older one is not here, or the new one cannot be served.
+        """
+        with self._lock:
+            self._check_served(expected)
+            number = self._repertoire.rollback(expected=expected, to=to, signer=signer).generation
+            self._look()
+        return number
+
+    def _check_served(self, expected: int) -> None:
+        served = self._engine.generation.manifest.generation
+        if served != expected:
+            raise GenerationMismatchError(f"generation {served} is served, not {expected}")
+
     def look(self) -> int | None:
         """Publish what HEAD names if it is new.
 
@@ -73,6 +114,10 @@ class HeadFollower:
             GreenroomError: HEAD or its generation cannot be read or served; it is not tried again until HEAD moves or
                 the generation's signature changes.
         """
+        with self._lock:
+            return self._look()
+
+    def _look(self) -> int | None:
         number = self._repertoire.head()
         if number is None or number == self._engine.generation.manifest.generation:
             return None
