@@ -53,7 +53,14 @@ class ScriptedEngine:
     def __init__(self, refusals: dict[str, Exception] | None = None) -> None:
         self.refusals = refusals or {}
         base = SimpleNamespace(name="tiny", digest=DIGEST)
-        manifest = SimpleNamespace(base=base, generation=3, task_names=lambda: ("dates", "orders"))
+        experts = [SimpleNamespace(digest=DIGEST, bytes=4096, units=[SimpleNamespace(layer=layer) for layer in (2, 3)])]
+        tasks = [SimpleNamespace(name="dates", experts=None), SimpleNamespace(name="orders", experts=DIGEST)]
+        manifest = SimpleNamespace(
+            base=base, generation=3, task_names=lambda: ("dates", "orders"), experts=experts, tasks=tasks
+        )
+        states = {2: SimpleNamespace(value="ready"), 3: SimpleNamespace(value="loading")}
+        row = SimpleNamespace(digest=DIGEST, units=states, bytes=2048, pinned=True, error=None)
+        self.memory = SimpleNamespace(residency=lambda: (row,))
         self.generation = SimpleNamespace(manifest=manifest)
         self.may_start = threading.Event()
         self.may_start.set()

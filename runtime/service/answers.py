@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from runtime.engine.request import TokenDelta
 from runtime.service.event_stream import EventStream, Told
 from runtime.service.mailbox import Mailbox
+from runtime.service.open_requests import OpenRequests
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -49,6 +50,7 @@ class Answers:
         self._coalesce_s = coalesce_s
         self._teller = teller
         self._mailbox: Mailbox | None = None
+        self.open_requests = OpenRequests()
 
     @asynccontextmanager
     async def open(self, request: Request) -> AsyncGenerator[EventStream, None]:
@@ -60,7 +62,16 @@ class Answers:
         loop = asyncio.get_running_loop()
         if self._mailbox is None:
             self._mailbox = Mailbox(loop, window_s=self._coalesce_s)
-        stream = EventStream(self._teller(), merge=self._coalesce_s > 0)
+        with self.open_requests.opened(self._teller()) as opened:
+            stream = opened.stream = EventStream(opened.hear, merge=self._coalesce_s > 0)
+            async with self._submitted(request, stream, loop):
+                yield stream
+
+    @asynccontextmanager
+    async def _submitted(
+        self, request: Request, stream: EventStream, loop: asyncio.AbstractEventLoop
+    ) -> AsyncGenerator[None, None]:
+        assert self._mailbox is not None
 
         def abandon(submission: asyncio.Future[None]) -> None:
             accepted = not submission.cancelled() and submission.exception() is None
@@ -72,7 +83,7 @@ class Answers:
         try:
             # Shielded: a thread cannot be stopped, so whoever leaves now is cancelled when it has submitted.
             await asyncio.shield(submission)
-            yield stream
+            yield
         finally:
             if not stream.ended:
                 submission.add_done_callback(abandon)

@@ -1,13 +1,14 @@
 """The routes of the HTTP front end.
 
 It knows nothing of ports.
-Read first: what asks the engine for something runs through the layers, tokens and quotas among them; health and
-readiness do not.
+Read first: what asks the engine for something runs through the layers, tokens and quotas among them; health,
+readiness and the empty page do not.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from runtime.service.http_failures import error_object
 from runtime.service.metrics import CONTENT_TYPE
 from runtime.service.openai_body import ChatBody, CompletionBody
 from runtime.service.openai_calls import OpenAICalls
+from runtime.service.page import page_response
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from runtime.service.http_exchange import Exchange
     from runtime.service.models import Models
 
+    Status = Callable[[], Awaitable[dict[str, Any]]]
 
-def make_app(calls: HttpCalls, openai: OpenAICalls, models: Models, guard: Guard) -> FastAPI:
+
+def make_app(calls: HttpCalls, openai: OpenAICalls, models: Models, guard: Guard, status: Status) -> FastAPI:
     """The application.
 
     Args:
@@ -38,9 +42,24 @@ def make_app(calls: HttpCalls, openai: OpenAICalls, models: Models, guard: Guard
         openai: answers them.
         models: say whether requests are taken.
         guard: has the metrics.
+        status: what the page shows.
     """
     app = FastAPI(title="Greenroom", docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _no_route)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """Show the page, which asks for everything else."""
+        return page_response()
+
+    @app.get("/status")
+    async def show_status() -> Response:
+        """Say who is resident where and what runs."""
+
+        async def tell(exchange: Exchange) -> None:
+            exchange.reply_json(await status())
+
+        return calls.respond("Status", tell)
 
     @app.get("/health")
     async def health() -> Response:
@@ -62,6 +81,11 @@ def make_app(calls: HttpCalls, openai: OpenAICalls, models: Models, guard: Guard
 
         return calls.respond("Metrics", expose)
 
+    _add_openai(app, calls, openai)
+    return app
+
+
+def _add_openai(app: FastAPI, calls: HttpCalls, openai: OpenAICalls) -> None:
     @app.get("/v1/models")
     async def list_models() -> Response:
         """List the models that take requests."""
@@ -81,8 +105,6 @@ def make_app(calls: HttpCalls, openai: OpenAICalls, models: Models, guard: Guard
     async def chat() -> Response:
         """Answer a message."""
         return calls.respond("ChatCompletions", openai.chat)
-
-    return app
 
 
 def _takes(body: type[BaseModel]) -> dict[str, Any]:

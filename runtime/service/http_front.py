@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -20,6 +21,7 @@ from runtime.errors import InvalidInputError
 from runtime.service.http_app import make_app
 from runtime.service.http_calls import HttpCalls
 from runtime.service.openai_calls import OpenAICalls
+from runtime.service.page_status import page_status
 
 if TYPE_CHECKING:
     from runtime.service.guard import Guard
@@ -55,7 +57,8 @@ class HttpFront:
         max_connections: int = 1024,
     ) -> None:
         calls = HttpCalls(guard, max_body_bytes=max_body_bytes)
-        app = make_app(calls, OpenAICalls(server.answers, server.models), server.models, guard)
+        status = partial(page_status, server.engine, server.models, server.answers)
+        app = make_app(calls, OpenAICalls(server.answers, server.models), server.models, guard, status)
         self._scheme = "http" if tls is None else "https"
         self._host = host
         self.port = port

@@ -89,7 +89,7 @@ class Server:
         services: Sequence[Service] = (),
         name: str = DEFAULT_NAME,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._host = host
         self._port = port
         self._grace_s = grace_s
@@ -124,7 +124,7 @@ class Server:
             options=self._options(),
             maximum_concurrent_rpcs=self._max_calls,
         )
-        servicer = GreenroomServicer(self._engine, self.answers)
+        servicer = GreenroomServicer(self.engine, self.answers)
         greenroom_pb2_grpc.add_GreenroomServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         InferenceServicer(self.answers, self.models, self._guard.quotas).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -165,7 +165,7 @@ class Server:
         await asyncio.shield(self._stopping)
 
     async def _start_engine(self) -> None:
-        await asyncio.to_thread(self._engine.start)
+        await asyncio.to_thread(self.engine.start)
         if self.state is State.STARTING:
             self.state = State.READY
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -179,7 +179,7 @@ class Server:
             assert self._starting is not None
             await asyncio.wait({self._starting})
             if self._starting.exception() is None:
-                await asyncio.to_thread(self._engine.drain, max(0.0, end_s - flush_s - time.monotonic()))
+                await asyncio.to_thread(self.engine.drain, max(0.0, end_s - flush_s - time.monotonic()))
             await self._server.stop(flush_s)
         self.answers.close()
         self.state = State.STOPPED
