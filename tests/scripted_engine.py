@@ -81,7 +81,7 @@ class ScriptedEngine:
     def submit(self, request: Request, sink: Callable[[Event], None]) -> None:
         self.submitting.set()
         assert self.may_submit.wait(PATIENCE_S)
-        verb, _, name = request.text.partition(" ")
+        verb, _, name = said(request).partition(" ")
         if verb == "refuse":
             raise self.refusals[name]
         if request.deadline is not None and request.deadline <= time.monotonic():
@@ -104,7 +104,7 @@ class ScriptedEngine:
         elif request.continuation is not None:
             self._finish(running, "scored")
         else:
-            first, *rest = request.text.split(" ")
+            first, *rest = said(request).split(" ")
             sink(_spoken(request, first, 0))
             if verb != "hold":
                 self._speak(running, rest)
@@ -120,7 +120,7 @@ class ScriptedEngine:
     def release(self) -> None:
         """Let every held request go on."""
         for running in list(self._live.values()):
-            self._speak(running, running.request.text.split(" ")[1:])
+            self._speak(running, said(running.request).split(" ")[1:])
 
     def wait_live(self, count: int) -> None:
         """Block until so many requests are in flight."""
@@ -176,7 +176,7 @@ class ScriptedEngine:
         self._finish(running, "stop")
 
     def _finish(self, running: Running, reason: str) -> None:
-        num_tokens = len(running.request.text.split(" "))
+        num_tokens = len(said(running.request).split(" "))
         usage = Usage(prompt_tokens=7, completion_tokens=num_tokens, queue_s=0.5, first_token_s=0.75, total_s=2.5)
         words = (running.request.continuation or "").split()
         scored = tuple(Alternative(number, word, -0.5) for number, word in enumerate(words))
@@ -214,3 +214,8 @@ def _spoken(request: Request, text: str, token: int, choice: int = 0) -> TokenDe
     num_top = request.sampling.logprobs
     logprobs = () if num_top is None else (TokenLogprob(chosen, (chosen,) * min(1, num_top)),)
     return TokenDelta(text, (token,), choice, logprobs)
+
+
+def said(request: Request) -> str:
+    """The text, or what was said last in a chat."""
+    return request.text or request.messages[-1].content

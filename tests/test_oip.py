@@ -151,7 +151,7 @@ def test_a_models_name_pins_the_task(call: Call, engine: ScriptedEngine) -> None
 def test_every_parameter_reaches_the_engine(call: Call, engine: ScriptedEngine) -> None:
     wanted = {"task": "dates", "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 11}
     wanted |= {"min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1, "frequency_penalty": 2, "regex": "a+"}
-    call("infer", model="greenroom", text="a b", parameters=wanted, timeout=60_000_000)
+    call("infer", model="greenroom", text="a b", parameters=wanted, timeout=60_000_000, priority=2)
     call("infer", model="greenroom", text="a b", parameters={"temperature": 1})
     request, second = engine.requests
     sampling = request.sampling
@@ -160,6 +160,7 @@ def test_every_parameter_reaches_the_engine(call: Call, engine: ScriptedEngine) 
     assert (sampling.min_p, sampling.repetition_penalty, sampling.regex) == (0.1, 1.5, "a+")
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, 2)
     assert request.deadline is not None
+    assert (request.priority, request.default_task) == (2, None)
     assert (second.sampling.temperature, second.deadline) == (1.0, None)
 
 
@@ -174,7 +175,7 @@ def test_every_parameter_reaches_the_engine(call: Call, engine: ScriptedEngine) 
         ({"model": "greenroom", "parameters": {"task": "../x"}}, "INVALID_ARGUMENT", "parameters.task"),
         ({"model": "greenroom:dates", "parameters": {"task": "orders"}}, "INVALID_ARGUMENT", "pins a task already"),
         ({"model": "greenroom", "sequence_id": 4}, "INVALID_ARGUMENT", "parameters.sequence"),
-        ({"model": "greenroom", "priority": 2}, "INVALID_ARGUMENT", "parameters.priority"),
+        ({"model": "greenroom", "priority": 200}, "INVALID_ARGUMENT", "priority=200"),
         ({"model": "greenroom", "timeout": 0}, "INVALID_ARGUMENT", "parameters.timeout"),
         ({"model": "greenroom", "timeout": 1}, "DEADLINE_EXCEEDED", ""),
         ({"model": "greenroom", "outputs": ["colour"]}, "INVALID_ARGUMENT", "outputs"),

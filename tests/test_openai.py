@@ -98,7 +98,7 @@ def test_a_completion_takes_the_whole_prompt_as_it_is(client: OpenAI, engine: Sc
     chat(client, "a b")
     completion, message = engine.requests
     assert (completion.raw, completion.task) == (True, "dates")
-    assert (message.raw, message.task) == (False, None)
+    assert (message.raw, message.task, message.messages[0].content) == (False, None, "a b")
 
 
 def test_a_streamed_chat_begins_with_the_routing_and_ends_with_usage(client: OpenAI) -> None:
@@ -205,6 +205,25 @@ def test_explain_adds_the_weights_of_the_experts_per_layer(client: OpenAI) -> No
     assert "layers" not in chat(client, "a").greenroom
 
 
+def test_a_chat_of_several_turns_reaches_the_engine_as_it_was(client: OpenAI, engine: ScriptedEngine) -> None:
+    turns: list[Any] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "four"},
+    ]
+    extra = {"default_task": "dates", "priority": -3}
+    client.chat.completions.create(model="greenroom", messages=turns, extra_body=extra)
+    (request,) = engine.requests
+    assert [(turn.role, turn.content) for turn in request.messages] == [
+        ("system", "Be brief."),
+        ("user", "one two"),
+        ("assistant", "three"),
+        ("user", "four"),
+    ]
+    assert (request.default_task, request.priority) == ("dates", -3)
+
+
 def test_what_is_not_set_takes_the_engines_defaults(client: OpenAI, engine: ScriptedEngine) -> None:
     chat(client, "a", response_format={"type": "text"}, logprobs=False)
     chat(client, "a", response_format={"type": "json_object"})
@@ -232,6 +251,9 @@ def test_what_is_not_set_takes_the_engines_defaults(client: OpenAI, engine: Scri
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"stop": [""]}, "stop"),
         ({"n": 0}, "n"),
+        ({"extra_body": {"messages": [{"role": "assistant", "content": "x"}]}}, "messages[0].role"),
+        ({"extra_body": {"priority": 1000}}, "priority"),
+        ({"extra_body": {"default_task": "../x"}}, "default_task"),
     ],
 )
 def test_what_is_not_supported_or_out_of_range_is_refused_by_its_name(

@@ -49,7 +49,7 @@ class Inferences:
         Raises:
             GreenroomError: why there is none.
         """
-        inference = inference_of(message, self._models, deadline=deadline)
+        inference = self._understood(message, deadline)
         text: list[str] = []
         token_ids: list[int] = []
         response = _response(inference)
@@ -81,14 +81,19 @@ class Inferences:
         Raises:
             GreenroomError: why there is none, or no more.
         """
-        inference = inference_of(message, self._models, deadline=deadline)
+        inference = self._understood(message, deadline)
         async with aclosing(self._events(inference)) as events:
             async for event in events:
                 if not isinstance(event, Located) or ROUTING in inference.outputs:
                     yield _piece(inference, event)
 
+    def _understood(self, message: pb.ModelInferRequest, deadline: float | None) -> Inference:
+        principal = CALL.get().principal
+        inference = inference_of(message, self._models, deadline=deadline, tenant=principal.tenant)
+        check_tenant(principal, inference.request.tenant)
+        return inference
+
     async def _events(self, inference: Inference) -> AsyncGenerator[Located | TokenDelta | Finished, None]:
-        check_tenant(CALL.get().principal, inference.tenant)
         with self.counts.measure(inference.model) as measured:
             try:
                 async with self._answers.open(inference.request) as events:

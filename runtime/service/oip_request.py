@@ -36,6 +36,9 @@ _KINDS = {
     **_SAMPLING,
     "task": _TEXT,
     "explain": ("bool_param",),
+    "abstain_fails": ("bool_param",),
+    "default_task": _TEXT,
+    "priority": ("uint64_param", "int64_param"),
     "tenant": _TEXT,
     "timeout": _INT,
     EMPTY_FINAL: ("bool_param",),
@@ -52,7 +55,6 @@ class Inference:
         client_id: what every response carries.
         outputs: names of outputs, in the order in which they go out.
         empty_final: the last response of a stream has no outputs.
-        tenant: in whose name; empty for that of the caller's token.
     """
 
     request: Request
@@ -60,16 +62,18 @@ class Inference:
     client_id: str
     outputs: tuple[str, ...]
     empty_final: bool
-    tenant: str
 
 
-def inference_of(message: pb.ModelInferRequest, models: Models, *, deadline: float | None) -> Inference:
+def inference_of(
+    message: pb.ModelInferRequest, models: Models, *, deadline: float | None, tenant: str = ""
+) -> Inference:
     """What a client wants.
 
     Args:
         message: as it came.
         models: that may be named.
         deadline: of the call; the parameter `timeout` can make it earlier.
+        tenant: of the caller, for requests that name none.
 
     Raises:
         UnknownModelError, UnavailableError: the model does not exist, or takes no requests now.
@@ -85,6 +89,12 @@ def inference_of(message: pb.ModelInferRequest, models: Models, *, deadline: flo
         text=_checked(text_of(message)),
         task=_task(model, chosen.get("task")),
         explain=chosen.get("explain", False),
+        abstain_fails=chosen.get("abstain_fails", False),
+        default_task=check_name("parameters.default_task", chosen["default_task"])
+        if "default_task" in chosen
+        else None,
+        priority=chosen.get("priority", 0),
+        tenant=check_name("parameters.tenant", chosen["tenant"]) if "tenant" in chosen else tenant,
         sampling=_sampling({name: chosen[name] for name in _SAMPLING if name in chosen}),
         deadline=_deadline(deadline, chosen.get("timeout")),
     )
@@ -94,7 +104,6 @@ def inference_of(message: pb.ModelInferRequest, models: Models, *, deadline: flo
         client_id=message.id,
         outputs=_outputs(message, explain=chosen.get("explain", False)),
         empty_final=chosen.get(EMPTY_FINAL, False),
-        tenant=check_name("parameters.tenant", chosen["tenant"]) if "tenant" in chosen else "",
     )
 
 

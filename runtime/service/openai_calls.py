@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.engine.request import Finished, Located, TokenDelta
 from runtime.errors import InvalidInputError
+from runtime.service.call import CALL
 from runtime.service.openai_body import ChatBody, CompletionBody, parse
 from runtime.service.openai_format import Format
 from runtime.service.openai_request import engine_request, on_the_wire
@@ -59,7 +60,9 @@ class OpenAICalls:
         exchange.reply_json(_shown(self._models.get_ready(name)))
 
     async def _complete(self, exchange: Exchange, body: ChatBody | CompletionBody) -> None:
-        request = engine_request(body, self._models.get_ready(body.model), request_id=REQUEST_ID.get())
+        request = engine_request(
+            body, self._models.get_ready(body.model), request_id=REQUEST_ID.get(), tenant=CALL.get().principal.tenant
+        )
         form = Format(request_id=request.request_id, model=body.model, chat=isinstance(body, ChatBody))
         answer = self._stream if body.stream else self._whole
         try:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.engine.request import Request, SamplingParams
 from runtime.errors import InvalidInputError
+from runtime.model.names import check_name
+from runtime.model.turns import Message
 from runtime.service.convert import MAX_PROMPT_CHARS
 from runtime.service.openai_body import ChatBody
 
@@ -34,24 +36,38 @@ _SAME = (
 _ANY_OBJECT = '{"type": "object"}'
 
 
-def engine_request(body: ChatBody | CompletionBody, model: Model, *, request_id: str) -> Request:
+def engine_request(body: ChatBody | CompletionBody, model: Model, *, request_id: str, tenant: str) -> Request:
     """The engine's request.
+
+    Args:
+        body: as it came.
+        model: that it names.
+        request_id: already checked.
+        tenant: of the caller.
 
     Raises:
         InvalidInputError: a value that cannot be used.
     """
     if body.base_only and model.task is not None:
         raise InvalidInputError("base_only", body.base_only, f"the model's name {model.name!r} pins a task")
-    chat = isinstance(body, ChatBody)
-    return Request(
-        request_id=request_id,
-        text=_chat_text(body) if isinstance(body, ChatBody) else _prompt(body),
-        raw=not chat,
-        task=model.task,
-        base_only=body.base_only,
-        explain=body.explain,
-        sampling=_sampling(body),
+    said: dict[str, Any] = (
+        {"messages": _messages(body)} if isinstance(body, ChatBody) else {"text": _prompt(body), "raw": True}
     )
+    try:
+        return Request(
+            request_id=request_id,
+            task=model.task,
+            base_only=body.base_only,
+            default_task=None if body.default_task is None else check_name("default_task", body.default_task),
+            abstain_fails=body.abstain_fails,
+            priority=body.priority,
+            tenant=tenant,
+            explain=body.explain,
+            sampling=_sampling(body),
+            **said,
+        )
+    except InvalidInputError as error:
+        raise on_the_wire(error, body) from error
 
 
 def field_of(engine_field: str, body: ChatBody | CompletionBody) -> str:
@@ -78,11 +94,12 @@ def _prompt(body: CompletionBody) -> str:
     return _checked("prompt", text)
 
 
-def _chat_text(body: ChatBody) -> str:
-    if [message.role for message in body.messages] != ["user"]:
-        roles = [message.role for message in body.messages][:8]
-        raise InvalidInputError("messages", roles, "must be one message of the user")
-    return _checked("messages", body.messages[0].text)
+def _messages(body: ChatBody) -> tuple[Message, ...]:
+    _checked("messages", "".join(message.text for message in body.messages))
+    # OpenAI's newer name of the same role.
+    return tuple(
+        Message("system" if message.role == "developer" else message.role, message.text) for message in body.messages
+    )
 
 
 def _checked(field: str, text: str) -> str:
@@ -99,10 +116,7 @@ def _sampling(body: ChatBody | CompletionBody) -> SamplingParams:
         chosen["max_tokens"] = body.max_tokens
     if isinstance(body, ChatBody):
         chosen |= _of_chat(body)
-    try:
-        return SamplingParams(**chosen)
-    except InvalidInputError as error:
-        raise on_the_wire(error, body) from error
+    return SamplingParams(**chosen)
 
 
 def _of_chat(body: ChatBody) -> dict[str, Any]:
