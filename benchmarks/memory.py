@@ -80,8 +80,8 @@ class Bench:
             self.base.tokenizer,
             self.base.eos_token_ids,
             repertoire=repertoire,
-            generation=open_generation(repertoire),
-            options=EngineOptions(max_context=256, **options),  # type: ignore[arg-type]
+            generation=open_generation(repertoire, routers=False),
+            options=EngineOptions(max_context=256, prefix_budget_bytes=0, **options),  # type: ignore[arg-type]
         )
         engine.start()
         try:
@@ -124,8 +124,9 @@ def drop_page_cache(repertoire: Repertoire) -> None:
 
 
 def set_bytes(repertoire: Repertoire) -> int:
-    """Bytes of the units of one expert set."""
-    return sum(unit.bytes for unit in repertoire.manifest().experts[0].units)
+    """Bytes of one task in memory: the units of its expert set, and its routers (a row of D float32 per unit)."""
+    manifest = repertoire.manifest()
+    return sum(unit.bytes + manifest.base.width * 4 for unit in manifest.experts[0].units)
 
 
 def registered(bench: Bench, few: Repertoire, many: Repertoire, repeats: int) -> dict[str, float]:
@@ -134,7 +135,7 @@ def registered(bench: Bench, few: Repertoire, many: Repertoire, repeats: int) ->
     startup = {}
     for name, repertoire in (("few", few), ("many", many)):
         started = time.perf_counter()
-        opened = open_generation(repertoire)
+        opened = open_generation(repertoire, routers=False)
         startup[name] = (time.perf_counter() - started) / len(opened.manifest.tasks)
         del opened
     for _ in range(repeats):
@@ -203,7 +204,7 @@ def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) ->
     """P99 of the time to first token with guesses over that without, working set twice the budget."""
     budget = num_tasks * set_bytes(repertoire) // 2
     p99: dict[bool, list[float]] = {True: [], False: []}
-    useful = wasted = needed = 0
+    useful = wasted = demanded = 0
     for repeat in range(repeats):
         tasks = zipf(num_tasks, 96, seed=100 + repeat)
         for prefetch in (True, False):
@@ -220,11 +221,11 @@ def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) ->
                 if prefetch:
                     useful += memory.prefetch_useful_bytes
                     wasted += memory.prefetch_wasted_bytes
-                    needed += memory.bytes_read - memory.prefetch_wasted_bytes
+                    demanded += memory.demanded_bytes
     return {
         "p99_ttft_prefetch_over_off": statistics.median(p99[True]) / statistics.median(p99[False]),
         "prefetch_precision": useful / max(1, useful + wasted),
-        "prefetch_recall": useful / max(1, needed),
+        "prefetch_recall": useful / max(1, useful + demanded),
         "wasted_bytes_share": wasted / max(1, useful + wasted),
     }
 
