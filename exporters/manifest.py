@@ -65,7 +65,8 @@ class ExportManifest(_Record):
     """Everything of one exported artefact.
 
     `source_sha256` is that of the generation's manifest as published; `options` are what was chosen beside the target;
-    `versions` are those of the libraries that wrote and checked it.
+    `versions` are those of the libraries that wrote and checked it; `skipped` has the tasks that this target cannot
+    take, each with the reason.
     """
 
     schema_version: Literal[1]
@@ -76,6 +77,7 @@ class ExportManifest(_Record):
     base_digest: Digest
     versions: dict[str, str]
     files: tuple[FileEntry, ...]
+    skipped: dict[str, str] = {}
 
     def max_error(self) -> float:
         """The largest error of all checks; 0 where nothing had to be written."""

@@ -65,15 +65,21 @@ def check_slots(generation: Generation, mixture: Mixture) -> None:
     Raises:
         InvalidInputError: its router is not top-k, it has hyper-adapters, or one of its experts updates attention.
     """
-    if mixture.kind != "top_k":
-        raise InvalidInputError("target", "onnx-model", f"task {mixture.task} has a router of kind {mixture.kind}")
-    if mixture.hyper is not None:
-        raise InvalidInputError("target", "onnx-model", f"task {mixture.task} has hyper-adapters beside its experts")
+    refusal = slots_refusal(mixture)
+    if refusal is not None:
+        raise InvalidInputError("task", mixture.task, f"onnx-model cannot take it: {refusal}")
     for entry, unit in generation.visible_units(mixture):
         attends = [target for target in unit.ranks if target in ATTENTION_TARGETS]
         if attends:
             problem = f"task {mixture.task} sees experts of {entry.task} that update {attends[0]}, beside the FFN"
             raise InvalidInputError("target", "onnx-model", problem)
+
+
+def slots_refusal(mixture: Mixture) -> str | None:
+    """Why the graph has no slots for a mixture; None where it has."""
+    if mixture.hyper is not None:
+        return "it has hyper-adapters beside its experts"
+    return None if mixture.kind == "top_k" else f"its router is {mixture.kind}"
 
 
 def _pack_layer(

@@ -41,7 +41,7 @@ from exporters.onnx_llama import DOMAIN, NORMS, check_llama, code_activations, l
 from exporters.onnx_model_graph import EMBEDDING, HEAD, model_graph
 from exporters.options import FLOAT32, Source
 from exporters.verify import SIZES, Tally, Wanted
-from runtime.errors import ExportMismatchError
+from runtime.errors import ExportMismatchError, InvalidInputError
 from runtime.model.base import BaseModel
 
 GRAPH_NAME = "model.onnx"
@@ -74,12 +74,17 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
     """Write graph and weights into `folder`, verified against torch.
 
     Raises:
-        InvalidInputError: the base's architecture has no graph here.
+        InvalidInputError: the base's architecture has no graph here, or no task fits it.
         UnknownBaseError, BaseMismatchError: see `load_own_base`.
         RepertoireError: an expert cannot be read.
         ExportMismatchError: the files compute something else, or rounding costs too much.
     """
     generation, precision = source.generation, source.options.precision or FLOAT32
+    if generation.manifest.tasks and not generation.mixtures:
+        names = ", ".join(generation.manifest.task_names())
+        raise InvalidInputError(
+            "target", "onnx-model", f"it can take none of the tasks, {names}, so nothing is verified"
+        )
     on_progress("loading the base")
     base = load_own_base(source)
     check_llama(base)

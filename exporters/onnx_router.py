@@ -1,8 +1,9 @@
-"""Target `onnx-router`: a task's routers of all layers, top-k or Arrow, as one graph per task.
+"""Target `onnx-router`: a task's routers of all layers as one graph per task, whatever their kind.
 
 It does not know the experts, only the columns they stand for; `facts` name them.
 Read first: the routers of all layers are stacked over the task's whole visible set. Slot 0 is a layer without any
-expert, and a layer that has no router falls into it: its weights are all zero.
+expert, and a layer that has no router falls into it: its weights are all zero. The graph of grouped routers is in
+`exporters.onnx_grouped`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import torch
 
 from exporters.manifest import Facts, FileEntry
 from exporters.onnx_graph import Progress, build_model, write_verified
+from exporters.onnx_grouped import grouped_graph, grouped_scale, grouped_settled, grouped_tensors
 from exporters.verify import SIZES, TOLERANCE, Case, Wanted
-from runtime.errors import InvalidInputError
-from runtime.kernels.routing import top_k_weights
 from runtime.model.generation import Generation
 from runtime.model.manifest import Manifest
-from runtime.model.mixture import Mixture
+from runtime.model.mixture import Mixture, weigh
 
 _GRAPH = """
 router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {{
@@ -54,16 +54,14 @@ def write_routers(generation: Generation, folder: Path, on_progress: Progress) -
     """Write `<task>.onnx` into `folder` for every task, verified; a task that sees no expert has no router to write.
 
     Raises:
-        InvalidInputError: a router of another kind.
         ExportMismatchError: see `exporters.verify`.
     """
     entries = []
     for mixture in generation.mixtures.values():
-        visible = generation.manifest.task(mixture.task).router.visible
+        ref = generation.manifest.task(mixture.task).router
+        visible = ref.all_experts()
         if not visible:
             continue
-        if mixture.kind not in _SCORES:
-            raise InvalidInputError("target", "onnx-router", f"task {mixture.task} has a router of kind {mixture.kind}")
         facts: Facts = {
             "task": mixture.task,
             "columns": list(visible),
@@ -71,23 +69,36 @@ def write_routers(generation: Generation, folder: Path, on_progress: Progress) -
             "top_k": mixture.top_k,
             "kind": mixture.kind,
         }
-        columns = router_columns(generation.manifest, mixture.task)
-        graph = _GRAPH.format(
-            width=generation.manifest.base.width,
-            num_experts=len(visible),
-            num_chosen=min(mixture.top_k, len(visible)),
-            score=_SCORES[mixture.kind],
-        )
-        model = build_model(graph, _tensors(mixture, columns, len(visible)), facts)
+        columns, width = router_columns(generation.manifest, mixture.task), generation.manifest.base.width
+        if ref.grouping is not None:
+            facts["grouping"] = ref.grouping.model_dump(mode="json")
+            graph = grouped_graph(mixture, width, len(visible))
+            tensors = grouped_tensors(mixture, columns, len(visible))
+        else:
+            graph = _GRAPH.format(
+                width=width,
+                num_experts=len(visible),
+                num_chosen=min(mixture.top_k, len(visible)),
+                score=_SCORES[mixture.kind],
+            )
+            tensors = _tensors(mixture, columns, len(visible))
+        model = build_model(graph, tensors, facts)
         cases = router_cases(mixture, columns, len(visible))
         entries.append(write_verified(folder / f"{mixture.task}.onnx", model, facts, cases, on_progress))
     return tuple(entries)
 
 
+def hyper_refusal(mixture: Mixture) -> str | None:
+    """Why a mixture's router alone would mislead; None where it does not."""
+    if mixture.hyper is None:
+        return None
+    return "it has hyper-adapters beside its experts, which no router weighs"
+
+
 def router_columns(manifest: Manifest, task: str) -> dict[int, list[int]]:
     """For every layer the columns of the experts that have it, in the order of the router's rows."""
     columns: dict[int, list[int]] = {}
-    for column, digest in enumerate(manifest.task(task).router.visible):
+    for column, digest in enumerate(manifest.task(task).router.all_experts()):
         for unit in manifest.expert_set(digest).units:
             columns.setdefault(unit.layer, []).append(column)
     return columns
@@ -122,13 +133,15 @@ def router_cases(mixture: Mixture, columns: dict[int, list[int]], num_experts: i
             weights = torch.zeros(size, num_experts)
             wanted = Wanted(weights)
             if layer in mixture.routers:
-                logits = x @ mixture.routers[layer].weight.t()
-                logits = logits.abs() if mixture.kind == "arrow" else logits
-                k = torch.full((size,), mixture.top_k)
-                everything = torch.ones_like(logits, dtype=torch.bool)
-                weights[:, columns[layer]] = top_k_weights(logits, everything, k, mixture.top_k)
-                scale = logits.abs().max(1, keepdim=True).values  # rounding of a logit grows with it
-                wanted = Wanted(weights, scale=scale, settled=_settled(logits, mixture.top_k))
+                router = mixture.routers[layer]
+                weights[:, columns[layer]] = weigh(router, x, kind=mixture.kind, top_k=mixture.top_k)
+                if mixture.kind == "grouped":
+                    scale, settled = grouped_scale(router, x), grouped_settled(router, x)
+                else:
+                    logits = x @ router.weight.t()
+                    scale = logits.abs().max(1, keepdim=True).values  # rounding of a logit grows with it
+                    settled = _settled(logits.abs() if mixture.kind == "arrow" else logits, mixture.top_k)
+                wanted = Wanted(weights, scale=scale, settled=settled)
             yield Case(size=size, inputs={"x": x, "layer": torch.tensor(layer)}, outputs={"weights": wanted})
 
 

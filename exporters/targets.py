@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,15 +23,17 @@ from exporters.artefact import read_artefact, replaced_folder
 from exporters.gguf_lora import write_gguf
 from exporters.manifest import FILE_NAME, SCHEMA_VERSION, ExportManifest, FileEntry
 from exporters.merged import write_merged
+from exporters.mixture_inputs import slots_refusal
 from exporters.onnx_experts import write_experts
 from exporters.onnx_features import write_features
 from exporters.onnx_graph import Progress
 from exporters.onnx_locator import write_locator
 from exporters.onnx_model import write_model
-from exporters.onnx_router import write_routers
+from exporters.onnx_router import hyper_refusal, write_routers
 from exporters.options import NO_OPTIONS, Options, Source
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
-from runtime.model.generation import open_generation
+from runtime.model.generation import Generation, open_generation
+from runtime.model.mixture import Mixture
 from runtime.model.repertoire import Repertoire
 
 Writer = Callable[[Source, Path, Progress], tuple[FileEntry, ...]]
@@ -45,11 +47,14 @@ class Target:
         write: writes and verifies the files in a folder that nobody sees yet.
         required: names of the `Options` that it cannot do without.
         optional: those that it takes besides.
+        refusal: why it cannot take a task's mixture; None where it can. Such a task is left out, or an error if it is
+            the one that was asked for.
     """
 
     write: Writer
     required: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
+    refusal: Callable[[Mixture], str | None] = lambda _mixture: None
 
 
 _MIXTURE = frozenset({"task", "weights"})
@@ -74,10 +79,14 @@ def _write_kernels(source: Source, folder: Path, on_progress: Progress) -> tuple
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "onnx-locator": Target(lambda source, folder, progress: write_locator(source.generation, folder, progress)),
-        "onnx-router": Target(lambda source, folder, progress: write_routers(source.generation, folder, progress)),
+        "onnx-router": Target(
+            lambda source, folder, progress: write_routers(source.generation, folder, progress),
+            optional=frozenset({"task"}),
+            refusal=hyper_refusal,
+        ),
         "onnx-experts": Target(write_experts),
         "onnx-features": Target(write_features, frozenset({"base"}), frozenset({"prompts"})),
-        "onnx-model": Target(write_model, frozenset({"base"}), frozenset({"precision"})),
+        "onnx-model": Target(write_model, frozenset({"base"}), frozenset({"precision"}), refusal=slots_refusal),
         "peft": Target(_write_adapter, frozenset({"base"}), _MIXTURE),
         "merged": Target(write_merged, frozenset({"base"}), _MIXTURE),
         "gguf-lora": Target(write_gguf, optional=_MIXTURE),
@@ -86,8 +95,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 """By name."""
 
-SIMPLE_TARGETS = tuple(name for name, target in TARGETS.items() if not target.required | target.optional)
-"""Those without options: what is exported where nobody names a target."""
+SIMPLE_TARGETS = ("onnx-locator", "onnx-router", "onnx-experts")
+"""Those that are about all tasks and need no option: what is exported where nobody names a target."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ def export(
     opened = open_generation(repertoire, source.generation)
     for task, fault in opened.faults.items():
         raise type(fault)(f"task {task}: {fault}") from fault
+    taken, skipped = _taken(opened, target, options.task)
     with replaced_folder(folder) as partial:
         manifest = ExportManifest(
             schema_version=SCHEMA_VERSION,
@@ -172,7 +182,27 @@ def export(
                 "onnxruntime": onnxruntime.__version__,
                 "torch": torch.__version__,
             },
-            files=chosen.write(Source(repertoire=repertoire, generation=opened, options=options), partial, on_progress),
+            files=chosen.write(Source(repertoire=repertoire, generation=taken, options=options), partial, on_progress),
+            skipped=skipped,
         )
         (partial / FILE_NAME).write_bytes(manifest.to_json())
     return Exported(folder, manifest, was_there=False, seconds=time.monotonic() - start)
+
+
+def _taken(opened: Generation, target: str, asked: str | None) -> tuple[Generation, dict[str, str]]:
+    """The generation with those mixtures that a target takes, and why it does not take the others.
+
+    Where a task was asked for, it is the only one.
+
+    Raises:
+        UnknownTaskError: `asked` is no task.
+        InvalidInputError: it is one that the target cannot take.
+    """
+    refusal, mixtures = TARGETS[target].refusal, opened.mixtures
+    if asked is not None:
+        mixtures = {asked: opened.mixture(asked)}
+    skipped = {name: reason for name, mixture in mixtures.items() if (reason := refusal(mixture)) is not None}
+    if asked in skipped:
+        raise InvalidInputError("task", asked, f"target {target} cannot take it: {skipped[asked]}")
+    kept = {name: mixture for name, mixture in mixtures.items() if name not in skipped}
+    return replace(opened, mixtures=kept), skipped

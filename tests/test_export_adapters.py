@@ -230,8 +230,8 @@ def test_another_base_is_refused(tasks: Workshop, tiny_base_folder: Path, tmp_pa
 def test_options_that_a_target_lacks_or_does_not_take_are_named(tasks: Workshop, tiny_base_folder: Path) -> None:
     with pytest.raises(InvalidInputError, match="base=None: target merged needs it"):
         export(tasks.repertoire, "merged", options=Options(task="red"))
-    with pytest.raises(InvalidInputError, match="task='red': target onnx-router does not take it"):
-        export(tasks.repertoire, "onnx-router", options=Options(task="red"))
+    with pytest.raises(InvalidInputError, match="task='red': target onnx-locator does not take it"):
+        export(tasks.repertoire, "onnx-locator", options=Options(task="red"))
 
 
 def change_safetensors(path: Path) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from exports import quiet, run, sabotage
+import typer
+from exports import files_below, quiet, run, sabotage
+from hyper_tasks import with_hyper
 from repertoires import Workshop
+from typer.testing import CliRunner
 
+from exporters.mixture_inputs import mixture_inputs
 from exporters.onnx_router import write_routers
 from exporters.options import Options
 from exporters.targets import export
+from greenroom.cli.export import export as export_command
 from runtime.errors import ExportMismatchError, InvalidInputError
 from runtime.model.generation import open_generation
 from runtime.model.manifest import TARGETS
@@ -74,15 +80,113 @@ def test_an_arrow_router_is_exported_with_the_weights_that_torch_gives(workshop:
         assert not torch.equal(got, weigh(router, x, kind="top_k", top_k=1))
 
 
-def test_a_grouped_router_is_refused_by_name(workshop: Workshop, tiny_base_folder: Path) -> None:
+GROUPINGS: dict[str, dict[str, object]] = {
+    "input": {"groups": ("a", "b", "a")},
+    "static": {"groups": ("a", "b", "b"), "within": "static", "epsilon": 0.3},
+    "general": {"groups": ("b", "a"), "share": 0.75, "epsilon": 0.4},
+    "request": {"groups": ("a", "a", "b"), "scope": "request", "tau_group": 0.3},
+}
+
+
+def grouped(workshop: Workshop, **grouping: object) -> None:
     workshop.publish("red", "aaaa")
-    workshop.publish("green", "1234", grouping={"groups": ("a", "b")})
-    with pytest.raises(InvalidInputError, match="task green has a router of kind grouped"):
-        export(workshop.repertoire, "onnx-router")
-    with pytest.raises(InvalidInputError, match="task='green': its router is grouped"):
-        export(workshop.repertoire, "peft", options=order(tiny_base_folder, task="green"))
-    with pytest.raises(InvalidInputError, match="task green has a router of kind grouped"):
-        export(workshop.repertoire, "onnx-model", options=order(tiny_base_folder))
+    workshop.publish("green", "1234", layers=(2,))
+    workshop.publish("blue", "? ! ?", grouping=grouping)
+
+
+@pytest.mark.parametrize("kind", GROUPINGS)
+def test_a_grouped_router_is_exported_with_the_weights_that_torch_gives(
+    workshop: Workshop, tmp_path: Path, kind: str
+) -> None:
+    grouped(workshop, **GROUPINGS[kind])
+    generation = open_generation(workshop.repertoire)
+    entries = write_routers(generation, tmp_path, quiet)
+    facts = entries[-1].facts
+    mixture, x = generation.mixture("blue"), torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    assert len(mixture.routers) == 2
+    for layer, router in mixture.routers.items():
+        got = run(tmp_path / "blue.onnx", x=x, layer=torch.tensor(layer))["weights"]
+        wanted = torch.zeros(9, 3)
+        wanted[:, [facts["columns"].index(digest) for digest in router.experts]] = weigh(
+            router, x, kind="grouped", top_k=mixture.top_k
+        )
+        torch.testing.assert_close(got, wanted)
+        assert torch.equal(got == 0, wanted == 0)
+    assert torch.equal(run(tmp_path / "blue.onnx", x=x, layer=torch.tensor(1))["weights"], torch.zeros(9, 3))
+    assert facts["grouping"]["groups"] == list(GROUPINGS[kind]["groups"])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "constant",
+    ["layers", "slots", "group_weights", "group_biases", "open_groups", "router_weights", "router_biases", "members"],
+)
+def test_any_changed_constant_of_a_grouped_router_fails_verification(workshop: Workshop, constant: str) -> None:
+    grouped(workshop, **GROUPINGS["static" if constant == "router_biases" else "input"])  # a shift of all is nothing
+    with pytest.raises(ExportMismatchError, match=r"blue\.onnx: "):
+        export(
+            workshop.repertoire,
+            "onnx-router",
+            options=Options(task="blue"),
+            on_progress=sabotage(workshop.repertoire.root, constant),
+        )
+    assert files_below(workshop.repertoire.root / "exports") == []
+
+
+def test_a_general_experts_weight_is_verified(workshop: Workshop) -> None:
+    grouped(workshop, **GROUPINGS["general"])
+    with pytest.raises(ExportMismatchError, match=r"blue\.onnx: output weights differs"):
+        export(
+            workshop.repertoire,
+            "onnx-router",
+            options=Options(task="blue"),
+            on_progress=sabotage(workshop.repertoire.root, "constants"),
+        )
+
+
+def test_one_tasks_router_is_exported_alone(workshop: Workshop) -> None:
+    grouped(workshop, **GROUPINGS["input"])
+    done = export(workshop.repertoire, "onnx-router", options=Options(task="green"))
+    assert done.folder.name == "onnx-router.green"
+    assert [file.name for file in done.manifest.files] == ["green.onnx"]
+    assert done.manifest.skipped == {}
+
+
+def test_a_fixed_mixture_of_a_grouped_task_needs_weights(workshop: Workshop, tiny_base_folder: Path) -> None:
+    grouped(workshop, **GROUPINGS["input"])
+    with pytest.raises(InvalidInputError, match="task='blue': its router is grouped"):
+        export(workshop.repertoire, "peft", options=order(tiny_base_folder, task="blue"))
+
+
+# ---- tasks that a target cannot take
+
+
+def test_a_command_without_a_target_exports_what_each_target_takes_and_names_what_is_left_out(
+    workshop: Workshop,
+) -> None:
+    with_hyper(workshop, "network", top_k=2)
+    workshop.publish("blue", "? ! ?", grouping={"groups": ("a", "b", "a")})
+    app = typer.Typer()
+    app.command()(export_command)
+    root = workshop.repertoire.root
+    result = CliRunner().invoke(app, ["--repertoire", str(root)])
+    assert result.exit_code == 0, result.output
+    reason = "it has hyper-adapters beside its experts, which no router weighs"
+    assert f"onnx-router: task green is left out: {reason}" in result.stdout.splitlines()
+    folder = root / "exports/000004/onnx-router"
+    assert {path.name for path in folder.iterdir()} == {"red.onnx", "blue.onnx", "manifest.json"}
+    assert json.loads((folder / "manifest.json").read_text())["skipped"] == {"green": reason}
+    again = CliRunner().invoke(app, ["--repertoire", str(root)])
+    assert "already there" in again.stdout
+    assert "task green is left out" in again.stdout
+
+
+def test_a_task_that_a_target_cannot_take_is_an_error_where_it_is_named(workshop: Workshop) -> None:
+    with_hyper(workshop, "network", top_k=2)
+    with pytest.raises(InvalidInputError, match="task='green': target onnx-router cannot take it: it has hyper-ada"):
+        export(workshop.repertoire, "onnx-router", options=Options(task="green"))
+    with pytest.raises(InvalidInputError, match="task='green': onnx-model cannot take it: it has hyper-adapters"):
+        mixture_inputs(workshop.repertoire, open_generation(workshop.repertoire), ["green"])
+    assert not (workshop.repertoire.root / "exports").exists()
 
 
 def test_a_model_graph_has_no_slots_for_updates_of_attention(workshop: Workshop, tiny_base_folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -10,10 +9,10 @@ from itertools import combinations
 import pytest
 import torch
 from engines import ask
+from hyper_tasks import lively, with_hyper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repertoires import Workshop
-from safetensors.torch import save
 from torch import nn
 
 from runtime.engine.engine import Engine
@@ -31,20 +30,13 @@ from runtime.model.hyper import (
 )
 from runtime.model.hyper_module import HyperNetwork, TrainedHyper
 from runtime.model.hyper_sets import Hyper, HyperKind, distinct_sets, full_table, num_parameters, stored_shapes
-from runtime.model.manifest import HyperRef, Manifest, parse_manifest
+from runtime.model.manifest import parse_manifest
 
 SIZES = HyperSizes(width=12, bottleneck=6, factor=3, experts={2: 4, 3: 2})
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def lively(sizes: HyperSizes, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A hypernetwork that adds something: nothing in it is zero."""
-    generator = rng(seed)
-    shapes = hyper_shapes(sizes)
-    return {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
 
 
 def per_token(
@@ -170,25 +162,6 @@ def test_training_goes_through_the_mixture_and_the_shared_network_is_one_set_of_
 
 
 # ---- in a repertoire
-
-
-def with_hyper(workshop: Workshop, kind: HyperKind, *, top_k: int) -> tuple[Manifest, dict[str, torch.Tensor]]:
-    """Publish two tasks, then once more with hyper-adapters for the second; the first is as it was."""
-    workshop.publish("red", "aaaa bbbb cccc", top_k=top_k)
-    manifest = workshop.publish("green", "12 34 56 78 90", top_k=top_k)
-    visible = manifest.visible_layers(manifest.tasks[1])
-    sizes = HyperSizes(
-        width=64, bottleneck=8, factor=2, experts={layer: len(found) for layer, found in visible.items()}
-    )
-    weights = {name: tensor * 0.5 for name, tensor in lively(sizes).items()}
-    stored = weights if kind == "network" else full_table(weights, sizes)
-    blob = save(stored)
-    digest = hashlib.sha256(blob).hexdigest()
-    ref = HyperRef(kind=kind, digest=digest, bottleneck=8, factor=2)
-    tasks = (manifest.tasks[0], manifest.tasks[1].model_copy(update={"hyper": ref}))
-    changed = manifest.model_copy(update={"generation": 3, "parent": 2, "tasks": tasks})
-    workshop.repertoire.publish(changed, {**workshop.blobs, digest: blob}, expected=2)
-    return changed, weights
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("network", 2), ("network", 1), ("table", 1)])

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from repertoires import Workshop
 
-from runtime.errors import InvalidInputError, ManifestError
+from runtime.errors import InvalidInputError, ManifestError, UnknownTaskError
 from runtime.kernels.arrow import arrow_prototype
 from runtime.kernels.grouping import grouped_weights
 from runtime.model.control import controlled, fixed_for, summary
@@ -289,3 +290,15 @@ def test_groups_that_do_not_fit_the_expert_sets_are_refused(
     record["groups"] = [{**group, "experts": [digests[d] for d in group["experts"]]} for group in groups]  # type: ignore[attr-defined]
     with pytest.raises(ManifestError, match=message):
         parse_manifest(json.dumps(record).encode(), source="new", generation=manifest.generation)
+
+
+def test_a_copy_of_a_manifest_looks_up_its_own_tasks_and_experts(three_tasks: Workshop) -> None:
+    manifest = three_tasks.repertoire.manifest()
+    first = manifest.experts[0]
+    assert manifest.task("blue").name == "blue"
+    assert manifest.expert_set(first.digest).units == first.units
+    shorter = first.model_copy(update={"units": first.units[:1]})
+    copied = manifest.model_copy(update={"experts": (shorter,), "tasks": manifest.tasks[:1]})
+    assert copied.expert_set(first.digest).units == first.units[:1]
+    with pytest.raises(UnknownTaskError):
+        copied.task("blue")

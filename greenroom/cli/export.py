@@ -25,7 +25,7 @@ _NAMES = "onnx-locator, onnx-router, onnx-experts, onnx-features, onnx-model, pe
 
 def export(
     targets: Annotated[
-        list[str] | None, typer.Argument(metavar="TARGET", help=f"{_NAMES}; default: all that take no option.")
+        list[str] | None, typer.Argument(metavar="TARGET", help=f"{_NAMES}; default: the first three.")
     ] = None,
     *,
     repertoire: Annotated[Path, typer.Option(help="Folder of the repertoire.")],
@@ -34,7 +34,10 @@ def export(
         str | None,
         typer.Option(metavar="NAME_OR_PATH", help="Base model, for onnx-features, onnx-model, peft and merged."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Whose mixture, for peft, merged and gguf-lora.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Whose mixture, for peft, merged and gguf-lora, or whose router, for onnx-router."),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="Fixed weights in the router's place: uniform, only-own (with --task), or red=0.7,blue=0.3."),
@@ -71,6 +74,7 @@ def export(
     table = Table("target", "files", "bytes", "max error", "time", "folder", box=None)
     for column in table.columns[1:-1]:
         column.justify = "right"
+    skipped = []
     with console.status("reading the repertoire") as status:
         for target, share in shares.items():
             done = export_target(
@@ -81,6 +85,7 @@ def export(
                 on_progress=lambda text, target=target: status.update(f"{target}: {text}"),  # type: ignore[misc]
             )
             manifest = done.manifest
+            skipped += [f"{target}: task {task} is left out: {reason}" for task, reason in manifest.skipped.items()]
             table.add_row(
                 target,
                 str(len(manifest.files)),
@@ -90,6 +95,8 @@ def export(
                 done.folder.name,
             )
     console.print(table)
+    for line in skipped:
+        console.print(line)
     console.print(f"generation {number}, in {store.export_folder(number, 'any').parent}")
 
 
