@@ -144,6 +144,18 @@ def test_scores_choices_and_explanations_are_the_same_with_a_hit(
     assert saved(engine)[1] > 0
 
 
+def test_a_request_that_shares_nothing_neither_takes_nor_leaves_a_beginning(
+    three_tasks: Workshop, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(three_tasks)
+    ask(engine, SHARED, task="red", share_prefix=False).wait()
+    assert engine.statistics().prefix_bytes == 0
+    ask(engine, SHARED, task="red").wait()
+    assert engine.statistics().prefix_bytes > 0
+    ask(engine, SHARED, task="red", share_prefix=False).wait()
+    assert engine.statistics().prefix_hits == 0
+
+
 def test_a_request_that_is_cut_leaves_the_cache_whole(three_tasks: Workshop, make_engine: MakeEngine) -> None:
     engine = make_engine(three_tasks, max_step_tokens=5)
     for _ in range(4):

@@ -2,8 +2,9 @@
 
 It knows nothing of files or other workers.
 Read first: rows given together are computed together, from an idle engine with their experts already in memory, so the
-engine takes the same steps whatever ran before and however long a disk took. What an engine answers is thereby a
-function of the rows given together, which makes a resumed run and a run on other machines give the same bytes.
+engine takes the same steps whatever ran before and however long a disk took; no prompt begins where an earlier one
+left off. What an engine answers is thereby a function of the rows given together, which makes a resumed run and a run
+on other machines give the same bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,13 @@ def locate(engine: Engine, prompts: Sequence[Prompt]) -> tuple[Location, ...]:
         UnavailableError: the engine stopped.
     """
     requests = [
-        Request(request_id=f"locate-{prompt.line}", text=prompt.text, locate_only=True, sampling=prompt.sampling)
+        Request(
+            request_id=f"locate-{prompt.line}",
+            text=prompt.text,
+            locate_only=True,
+            sampling=prompt.sampling,
+            share_prefix=False,
+        )
         for prompt in prompts
     ]
     locations = []
@@ -112,6 +119,7 @@ def answer(engine: Engine, prompts: Sequence[Prompt]) -> Answered:
                 task=prompt.task,
                 base_only=prompt.base_only,
                 sampling=prompt.sampling,
+                share_prefix=False,
             )
             for prompt in good
         ]

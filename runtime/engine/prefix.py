@@ -65,7 +65,7 @@ class PrefixCache:
 
     def border(self, sequence: Sequence, ready: int) -> int:
         """How far a prompt goes that may go up to layer `ready`: one that has blocks stops once between the halves."""
-        stops = self._budget_bytes > 0 and len(sequence.prompt) >= BLOCK and sequence.layers_done < self.first_layer
+        stops = self._serves(sequence) and len(sequence.prompt) >= BLOCK and sequence.layers_done < self.first_layer
         return min(ready, self.first_layer) if stops else ready
 
     @torch.inference_mode()
@@ -73,7 +73,7 @@ class PrefixCache:
         """Give a sequence with a fresh slot what is known of its prompt in the first half that it runs through."""
         if sequence.generation.manifest.locator.layer not in {0, self.first_layer}:
             return  # the residual stream that is kept is not the one that the locator reads
-        if not self.first_layer:
+        if not self.first_layer or not self._serves(sequence):
             return
         found = self._find(_base_root(sequence), sequence.prompt, len(sequence.prompt) - 1)
         if not found:
@@ -98,7 +98,7 @@ class PrefixCache:
 
         The tokens that an answer comes of are always computed.
         """
-        if sequence.phase is not Phase.PROMPT:
+        if sequence.phase is not Phase.PROMPT or not self._serves(sequence):
             return
         found = self._find(_mixture_root(sequence), sequence.prompt, sequence.answering.start)
         self._fill(sequence, self._upper, found)
@@ -115,6 +115,9 @@ class PrefixCache:
         """Assert that the sum is right and within the budget."""
         assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values()), "prefix bytes drifted"
         assert self.num_bytes <= self._budget_bytes, "the prefix cache exceeds its budget"
+
+    def _serves(self, sequence: Sequence) -> bool:
+        return self._budget_bytes > 0 and sequence.request.share_prefix
 
     def _find(self, root: str, prompt: list[int], limit: int) -> list[_Block]:
         found: list[_Block] = []
@@ -135,7 +138,7 @@ class PrefixCache:
             self._cache.values[layers, sequence.slot, :, tokens] = block.values
 
     def _keep(self, sequence: Sequence, root: str, layers: slice, residual: torch.Tensor | None) -> None:
-        if not self._budget_bytes:
+        if not self._serves(sequence):
             return
         assert sequence.slot is not None, "a running sequence holds a slot"
         keys = _keys(root, sequence.prompt, len(sequence.prompt))

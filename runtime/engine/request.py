@@ -132,6 +132,7 @@ class Request:
         priority: of waiting requests those with the lowest are tried first, -100..100; none waits for ever.
         tenant: in whose name; the policy "fair" tries the tenant with the fewest running sequences first, and experts
             that it uses may count for a floor (`EngineOptions.tenant_floors`).
+        share_prefix: may begin where earlier prompts left off, and leave beginnings to later ones.
         keep_logits: return the logits of every generated token in `Finished` (proofs and tests).
         group_bias: group -> what is added to its logit in every layer, -100 to 100; of a task with a grouped router.
         group_mask: groups that get no weight at all.
@@ -152,6 +153,7 @@ class Request:
     deadline: float | None = None
     priority: int = 0
     tenant: str = ""
+    share_prefix: bool = True
     keep_logits: bool = False
     group_bias: Mapping[str, float] = field(default_factory=dict)
     group_mask: frozenset[str] = frozenset()
