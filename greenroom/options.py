@@ -31,6 +31,7 @@ class RouteOptions(LocateOptions, total=False):
     """Options of `score`, and some of `generate` and `stream`.
 
     task: pin this task; base_only: the plain base model.
+    task_weights: task -> weight; these tasks answer together, each with its share of the weight.
     abstain_fails: NotFoundError where no task is near enough; default_task: this task then; else the base answers.
     group_bias: group -> what is added to its logit; group_mask: groups without weight; for tasks with grouped routers.
     explain: report how much each expert had to say in every layer.
@@ -38,6 +39,7 @@ class RouteOptions(LocateOptions, total=False):
 
     task: str | None
     base_only: bool
+    task_weights: Mapping[str, float]
     abstain_fails: bool
     default_task: str | None
     group_bias: Mapping[str, float]

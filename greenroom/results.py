@@ -8,10 +8,10 @@ Bytes and seconds are in the names; scores have no unit, lower is nearer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-How = Literal["located", "pinned", "abstained", "base", "defaulted"]
+How = Literal["located", "pinned", "abstained", "base", "defaulted", "weighted"]
 Source = Literal["host", "disk"]
 FinishReason = Literal["stop", "length"]
 
@@ -50,14 +50,15 @@ class Routing:
     """Which task answers, why, and with which experts.
 
     Args:
-        task: None where the plain base model answers.
+        task: None where the plain base model answers, or several tasks together.
         how: "located", "pinned" (by the caller), "abstained" (no task is near enough), "base" (asked for, or no task),
-            "defaulted" (no task is near enough, so the caller's default).
+            "defaulted" (no task is near enough, so the caller's default), "weighted" (by the caller's weights).
         margin: score of the second-best task minus that of the best; 0 where fewer than two were scored.
         scores: every task, best first; empty where no locator ran.
         generation: generation of the repertoire.
         experts: the expert sets in use.
         request_id: names the request in the server's logs.
+        task_weights: task -> share where `how` is "weighted"; they sum to 1.
     """
 
     task: str | None
@@ -67,6 +68,7 @@ class Routing:
     generation: int
     experts: tuple[ExpertUse, ...]
     request_id: str
+    task_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,14 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Counts of one request, and seconds since the engine took it."""
+    """Counts of one request, and seconds since the engine took it; `cached_tokens` of the prompt were not computed."""
 
     prompt_tokens: int
     completion_tokens: int
     queue_s: float
     first_token_s: float
     total_s: float
+    cached_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float:

@@ -27,6 +27,7 @@ _HOW: dict[int, results.How] = {
     pb.HOW_ABSTAINED: "abstained",
     pb.HOW_BASE: "base",
     pb.HOW_DEFAULTED: "defaulted",
+    pb.HOW_WEIGHTED: "weighted",
 }
 _ROLE = {"system": pb.ROLE_SYSTEM, "user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
 _ROUTE = ("task", "base_only", "abstain_fails", "default_task", "explain", "request_id", "priority", "tenant")
@@ -101,7 +102,7 @@ def _fill(message: Any, prompt: Prompt, options: Mapping[str, Any]) -> None:  # 
             _assign(added, "content", turn["content"], path=f"chat.messages[{place}].content")
     if isinstance(options.get("group_mask"), str):
         raise _refused("group_mask", "a sequence of strings, not one string")
-    for name in ("group_bias", "group_mask"):
+    for name in ("group_bias", "group_mask", "task_weights"):
         _assign(message, name, options.get(name))
     for name in _ROUTE:
         value = options.get(name)
@@ -197,6 +198,7 @@ def routing(message: pb.Routing) -> results.Routing:
             for item in message.experts
         ),
         request_id=message.request_id,
+        task_weights=dict(message.task_weights),
     )
 
 
@@ -276,6 +278,7 @@ def _usage(message: pb.Usage) -> results.Usage:
         queue_s=message.queue_seconds,
         first_token_s=message.first_token_seconds,
         total_s=message.total_seconds,
+        cached_tokens=message.cached_tokens,
     )
 
 
@@ -286,8 +289,8 @@ def _assign(message: Any, name: str, value: object, *, path: str = "") -> None: 
     try:
         if name in {"stop", "group_mask"}:
             getattr(message, name).extend(value)
-        elif name == "group_bias":
-            message.group_bias.update(value)
+        elif name in {"group_bias", "task_weights"}:
+            getattr(message, name).update(value)
         else:
             setattr(message, name, value)
     except (TypeError, ValueError) as error:

@@ -177,7 +177,9 @@ class ScriptedEngine:
 
     def _finish(self, running: Running, reason: str) -> None:
         num_tokens = len(said(running.request).split(" "))
-        usage = Usage(prompt_tokens=7, completion_tokens=num_tokens, queue_s=0.5, first_token_s=0.75, total_s=2.5)
+        usage = Usage(
+            prompt_tokens=7, completion_tokens=num_tokens, queue_s=0.5, first_token_s=0.75, total_s=2.5, cached_tokens=4
+        )
         words = (running.request.continuation or "").split()
         scored = tuple(Alternative(number, word, -0.5) for number, word in enumerate(words))
         explanation = (LayerWeights(layer=2, experts={DIGEST: 0.75}, groups={}),) if running.request.explain else ()
@@ -197,6 +199,11 @@ class ScriptedEngine:
     def _located(self, request: Request) -> Located:
         if request.base_only:
             return Located(task=None, how="base", margin=0.0, scores=(), generation=3, experts=())
+        if request.task_weights:
+            shares = request.named_tasks
+            return Located(
+                task=None, how="weighted", margin=0.0, scores=(), generation=3, experts=(), task_weights=shares
+            )
         task = request.task or "orders"
         use = ExpertUse(digest=DIGEST, task=task, num_layers=4, source="disk", bytes_read=4096, load_s=0.25)
         return Located(

@@ -48,6 +48,15 @@ def test_several_prompts_are_answered_in_their_order(target: str) -> None:
     assert result.stdout.count("pinned") == 2
 
 
+def test_weights_of_tasks_are_named_one_by_one_and_their_shares_shown(target: str) -> None:
+    result = run("ask", "a", "--server", target, "--task-weight", "orders=0.7", "--task-weight", "dates=0.3")
+    assert result.exit_code == 0, result.stderr
+    assert "0.3 dates + 0.7 orders" in result.stdout
+    assert "weighted" in result.stdout
+    bad = run("ask", "a", "--server", target, "--task-weight", "orders")
+    assert (bad.exit_code, "task-weight='orders': is TASK=NUMBER" in bad.stderr) == (2, True)
+
+
 def test_json_has_a_line_per_prompt(target: str) -> None:
     result = run("ask", "a b", "refuse task", "--server", target, "--json", "--max-tokens", "3")
     answered, refused = map(json.loads, result.stdout.splitlines())

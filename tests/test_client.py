@@ -137,6 +137,7 @@ def test_raw_text_is_a_raw_prompt() -> None:
         ("priority", {"priority": "high"}),
         ("group_bias", {"group_bias": {"left": "much"}}),
         ("group_mask", {"group_mask": "left"}),
+        ("task_weights", {"task_weights": {"left": "half"}}),
         ("sampling.max_tokens", {"max_tokens": 2**31}),
         ("sampling.max_tokens", {"max_tokens": 1.5}),
         ("sampling.seed", {"seed": 2**63}),

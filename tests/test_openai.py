@@ -92,6 +92,20 @@ def test_a_chat_completion_has_text_usage_and_our_routing_report(client: OpenAI)
     assert [score["task"] for score in report["scores"]] == ["orders", "dates"]
 
 
+def test_usage_says_how_many_tokens_of_the_prompt_were_cached(client: OpenAI) -> None:
+    assert chat(client, "one").usage.prompt_tokens_details.cached_tokens == 4
+
+
+def test_tasks_answer_together_by_their_weights(client: OpenAI, engine: ScriptedEngine) -> None:
+    report = chat(client, "one", extra_body={"task_weights": {"orders": 3, "dates": 1}}).greenroom
+    assert engine.requests[0].task_weights == {"orders": 3.0, "dates": 1.0}
+    assert (report["task"], report["how"], report["task_weights"]) == (
+        None,
+        "weighted",
+        {"orders": 0.75, "dates": 0.25},
+    )
+
+
 def test_a_completion_takes_the_whole_prompt_as_it_is(client: OpenAI, engine: ScriptedEngine) -> None:
     answer = client.completions.create(model="greenroom:dates", prompt="a b")
     assert (answer.choices[0].text, answer.object, answer.id[:5]) == ("a b", "text_completion", "cmpl-")
@@ -269,6 +283,9 @@ def test_a_pinned_task_and_the_plain_base_exclude_each_other(client: OpenAI) -> 
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="greenroom:dates", prompt="a", extra_body={"base_only": True})
     assert caught.value.param == "base_only"
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, "a", model="greenroom:dates", extra_body={"task_weights": {"orders": 1.0}})
+    assert caught.value.param == "task_weights"
 
 
 @pytest.mark.parametrize(

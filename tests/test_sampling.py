@@ -17,6 +17,7 @@ from transformers import (
 from runtime.engine.penalties import Penalties
 from runtime.engine.request import MAX_CHOICES, MAX_REGEX_CHARS, MAX_SEED, SamplingParams
 from runtime.engine.sampling import Chosen, Sampler, choose
+from runtime.engine.warping import CANDIDATES, warp
 from runtime.errors import GreenroomError, InvalidInputError
 from runtime.model.base import BaseModel
 
@@ -178,3 +179,38 @@ def test_options_that_exclude_each_other_are_refused(field: str, options: dict[s
     with pytest.raises(InvalidInputError) as caught:
         SamplingParams(**options)  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("spread", [8.0, 1.0, 0.01])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.7, "top_p": 0.3},
+        {"temperature": 1.3, "top_p": 1e-6},
+        {"temperature": 1.0, "min_p": 0.05},
+        {"temperature": 1.0, "top_k": 40},
+        {"temperature": 1.0, "top_k": 3000, "top_p": 0.95, "min_p": 0.01},
+        {"temperature": 0.5, "top_k": 50, "top_p": 0.9, "min_p": 0.05},
+    ],
+)
+def test_a_large_vocabulary_is_cut_as_by_sorting_all_of_it(options: dict[str, float], spread: float) -> None:
+    scores = torch.randn(4 * CANDIDATES, generator=torch.Generator().manual_seed(5)) * spread
+    expected = TemperatureLogitsWarper(options["temperature"])(None, scores.unsqueeze(0))
+    for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        if name in options:
+            expected = warper(options[name])(None, expected)
+    before = scores.clone()
+    assert torch.equal(warp(scores, SamplingParams(**options)), expected[0])  # type: ignore[arg-type]
+    assert torch.equal(scores, before)
+
+
+def test_tokens_that_a_constraint_forbids_are_never_among_the_candidates() -> None:
+    scores = torch.full((4 * CANDIDATES,), -torch.inf)
+    scores[[7, 900, 4000]] = torch.tensor([1.0, 2.0, 0.5])
+    kept = warp(scores, SamplingParams(temperature=1.0, top_p=0.99))
+    assert torch.isfinite(kept).nonzero()[:, 0].tolist() == [7, 900, 4000]
+
+
+def test_temperature_1_without_options_changes_nothing(logits: torch.Tensor) -> None:
+    assert warp(logits, SamplingParams(temperature=1.0)) is logits

@@ -90,7 +90,7 @@ def test_an_answer_has_all_that_the_engine_said(client: Client) -> None:
         request_id="r1",
     )
     assert answer.usage == greenroom.Usage(
-        prompt_tokens=7, completion_tokens=2, queue_s=0.5, first_token_s=0.75, total_s=2.5
+        prompt_tokens=7, completion_tokens=2, queue_s=0.5, first_token_s=0.75, total_s=2.5, cached_tokens=4
     )
     assert answer.usage.tokens_per_s == 1.0
 
@@ -191,6 +191,23 @@ def test_groups_and_explanations_go_both_ways(client: Client, engine: ScriptedEn
     assert client.generate("text").explanation == ()
 
 
+def test_weights_of_tasks_go_out_and_their_shares_come_back(client: Client, engine: ScriptedEngine) -> None:
+    routings = [
+        client.generate("text", task_weights={"orders": 3.0, "dates": 1.0}).routing,
+        client.score("text", "x", task_weights={"orders": 3.0, "dates": 1.0}).routing,
+    ]
+    for request, routing in zip(engine.requests, routings, strict=True):
+        assert request.task_weights == {"orders": 3.0, "dates": 1.0}
+        assert (routing.task, routing.how) == (None, "weighted")
+        assert routing.task_weights == {"orders": 0.75, "dates": 0.25}
+    assert client.generate("text").routing.task_weights == {}
+
+
+def test_usage_says_how_much_of_the_prompt_was_known(client: Client) -> None:
+    assert client.generate("text").usage.cached_tokens == 4
+    assert client.score("text", "x").usage.cached_tokens == 4
+
+
 def test_a_score_has_all_that_the_engine_said(client: Client) -> None:
     score = client.score("text", "two words", request_id="r1")
     assert score.tokens == (greenroom.Alternative(0, "two", -0.5), greenroom.Alternative(1, "words", -0.5))
@@ -242,6 +259,13 @@ BAD_OPTIONS = [
     ("group_mask", {"group_mask": ["up"], "base_only": True}),
     ("group_mask", {"group_mask": ["up"] * 257}),
     ("explain", {"explain": True, "base_only": True}),
+    ("task_weights", {"task_weights": {"a": 1.0}, "task": "b"}),
+    ("task_weights", {"task_weights": {"a": 1.0}, "base_only": True}),
+    ("task_weights", {"task_weights": {"a": 1.0}, "default_task": "b"}),
+    ("task_weights", {"task_weights": {"../up": 1.0}}),
+    ("task_weights", {"task_weights": {"a": 0.0}}),
+    ("task_weights", {"task_weights": {f"t{n}": 1.0 for n in range(9)}}),
+    ("task_weights[a]", {"task_weights": {"a": -1.0}}),
     ("default_task", {"default_task": "../up"}),
     ("default_task", {"default_task": ""}),
     ("priority", {"priority": 101}),

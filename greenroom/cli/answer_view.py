@@ -16,7 +16,7 @@ from rich.text import Text
 
 from greenroom.cli.error_line import error_line
 from greenroom.client_errors import GreenroomClientError
-from greenroom.results import Answer, ExpertUse
+from greenroom.results import Answer, ExpertUse, Routing
 
 Outcome = Answer | GreenroomClientError
 
@@ -55,7 +55,7 @@ def print_summary(answers: Sequence[Answer]) -> None:
         routing, usage = answer.routing, answer.usage
         table.add_row(
             str(number),
-            Text(routing.task or "-"),
+            Text(routing.task or " + ".join(_shares(routing)) or "-"),
             routing.how,
             f"{routing.margin:.3g}",
             "\n".join(f"{use.digest[:8]} x{use.num_layers}" for use in routing.experts) or "-",
@@ -64,6 +64,10 @@ def print_summary(answers: Sequence[Answer]) -> None:
             f"{usage.tokens_per_s:.1f}",
         )
     Console().print(table)
+
+
+def _shares(routing: Routing) -> list[str]:
+    return [f"{share:.3g} {task}" for task, share in routing.task_weights.items()]
 
 
 def _origin(use: ExpertUse) -> str:

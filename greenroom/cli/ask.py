@@ -31,6 +31,9 @@ def ask(
     *,
     server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
     task: Annotated[str | None, typer.Option(help="Pin this task instead of letting the locator decide.")] = None,
+    task_weight: Annotated[
+        list[str] | None, typer.Option(help="TASK=NUMBER; these tasks answer together; may be repeated.")
+    ] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Answer with the plain base model.")] = False,
     abstain_fails: Annotated[bool, typer.Option("--abstain-fails", help="No answer where no task is near.")] = False,
     default_task: Annotated[str | None, typer.Option(help="The task that answers where none is near.")] = None,
@@ -72,10 +75,11 @@ def ask(
         raise InvalidInputError("stream", stream, "takes a single prompt and one answer, and no --json")
     options: GenerateOptions = {
         "task": task,
+        "task_weights": dict(_number("task-weight", "TASK", text) for text in task_weight or ()),
         "base_only": base_only,
         "abstain_fails": abstain_fails,
         "default_task": default_task,
-        "group_bias": dict(_bias(text) for text in group_bias or ()),
+        "group_bias": dict(_number("group-bias", "GROUP", text) for text in group_bias or ()),
         "group_mask": group_mask or (),
         "explain": explain,
         "priority": priority,
@@ -108,12 +112,12 @@ def ask(
         raise typer.Exit(exit_code(failures[0]))
 
 
-def _bias(text: str) -> tuple[str, float]:
-    group, _, number = text.partition("=")
+def _number(flag: str, what: str, text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
     try:
-        return group, float(number)
+        return name, float(number)
     except ValueError as error:
-        raise InvalidInputError("group-bias", text, "is GROUP=NUMBER") from error
+        raise InvalidInputError(flag, text, f"is {what}=NUMBER") from error
 
 
 def _with_system(system: str | None, prompt: str) -> Prompt:

@@ -15,7 +15,7 @@ from runtime.engine.request import SamplingParams
 from runtime.errors import GreenroomError, InvalidInputError, UnknownTaskError
 
 Content = dict[str, Any]
-How = Literal["located", "pinned", "abstained", "base", "defaulted"]
+How = Literal["located", "pinned", "abstained", "base", "defaulted", "weighted"]
 ADDED_FIELDS = ("answer", "routing", "usage")
 LOCATE_ROWS = 256
 """Rows located together."""

@@ -4,7 +4,8 @@ It knows nothing of queues or tensors beyond the prompt's residual stream; the e
 Read first: a task is fixed once per sequence: at `begin` where it is pinned, else at `decide`, when the prompt has
 passed the base-only layers. Then its whole visible set is reserved at once, routers and experts, and read layer by
 layer: the prompt enters a layer as soon as that layer's own experts are there. Only where the request changes what is
-visible, or the weights are those of the whole prompt, the routers come alone first, and the experts that are left then.
+visible or blends several tasks, or the weights are those of the whole prompt, the routers come alone first, and the
+experts that are left then.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from runtime.engine.direction import directed, settled
+from runtime.engine.direction import cast_together, directed
 from runtime.engine.located import located
 from runtime.engine.sequence import Phase, Sequence
 from runtime.errors import GreenroomError, InvalidInputError, NoTaskNearError
@@ -60,20 +61,20 @@ class Casting:
         Called on the thread that submits. The guess binds nobody: `decide` withdraws it where it was wrong.
         """
         request, generation = sequence.request, sequence.generation
-        if request.task is not None or request.base_only or request.locate_only:
+        if request.named_tasks or request.base_only or request.locate_only:
             return
         task = generation.arrival.locate(pool(embedded).unsqueeze(0).cpu())[0].task
         if task is not None:
-            self._guess(sequence, task)
+            self._guess(sequence, (task,))
 
     def begin(self, sequence: Sequence) -> None:
-        """Fix the task of a sequence that has just left the queue, where its request names it."""
-        request = sequence.request
-        if request.locate_only or (request.task is None and not request.base_only):
+        """Fix the task of a sequence that has just left the queue, where its request names it, or several."""
+        request, tasks = sequence.request, tuple(sequence.request.named_tasks)
+        if request.locate_only or not (tasks or request.base_only):
             return
-        if request.task is not None and _is_made_to_measure(sequence, request.task):
-            self._guess(sequence, request.task)  # its experts may be read before it is known which are left
-        self._fix(sequence, request.task)
+        if tasks and _is_made_to_measure(sequence, tasks):
+            self._guess(sequence, tasks)  # experts may be read before it is known which are left
+        self._fix(sequence, " + ".join(tasks) or None)
 
     def decide(self, sequence: Sequence) -> None:
         """Fix the mixture of a sequence whose prompt has passed the base-only layers, and that has none yet."""
@@ -144,7 +145,7 @@ class Casting:
 
     def missing_bytes(self, sequence: Sequence) -> int:
         """Bytes of the visible set that are not in memory."""
-        if sequence.task is None or sequence.task in sequence.generation.faults:
+        if sequence.task is None or not sequence.generation.faults.keys().isdisjoint(sequence.tasks):
             return 0
         return self._memory.missing_bytes(self._wanted(sequence))
 
@@ -157,9 +158,9 @@ class Casting:
         elif sequence.mixture is None:
             self._take_mixture(sequence)
 
-    def _guess(self, sequence: Sequence, task: str) -> None:
-        sequence.guessed_task = task
-        visible = self._visible.of(sequence.generation, task)
+    def _guess(self, sequence: Sequence, tasks: tuple[str, ...]) -> None:
+        sequence.guessed_task = " + ".join(tasks)
+        visible = self._visible.of_all(sequence.generation, tasks)
         sequence.guess = self._memory.prefetch(visible, tenant=sequence.request.tenant)
 
     def _fix(self, sequence: Sequence, task: str | None) -> None:
@@ -175,23 +176,23 @@ class Casting:
             sequence.fail(error)
 
     def _wanted(self, sequence: Sequence) -> VisibleSet:
-        generation, task = sequence.generation, sequence.task
-        assert task is not None, "only a task has experts"
+        generation, tasks = sequence.generation, sequence.tasks
+        assert tasks, "only a task has experts"
         if sequence.mixture is not None:
             return self._visible.of_mixture(generation, sequence.mixture)
-        alone = _is_made_to_measure(sequence, task)
-        return self._visible.routers_of(generation, task) if alone else self._visible.of(generation, task)
+        alone = _is_made_to_measure(sequence, tasks)
+        return self._visible.routers_of(generation, tasks) if alone else self._visible.of(generation, tasks[0])
 
     def _take_mixture(self, sequence: Sequence) -> None:
         """The routers may have come: compute with them, or with what the request makes of them."""
         assert sequence.reservation is not None, "routers come with a reservation"
-        assert sequence.task is not None, "the plain base model has no routers"
-        mixture = sequence.reservation.mixture()
-        if mixture is None or not _is_made_to_measure(sequence, sequence.task):
-            sequence.mixture = mixture
-        elif sequence.layers_done >= self._first_layer:
+        if not _is_made_to_measure(sequence, sequence.tasks):
+            sequence.mixture = sequence.reservation.mixture()
+            return
+        mixtures = sequence.reservation.mixtures()
+        if mixtures is not None and sequence.layers_done >= self._first_layer:
             try:
-                sequence.mixture = settled(directed(sequence.request, mixture), sequence.context_residual)
+                sequence.mixture = cast_together(sequence.request, mixtures, sequence.context_residual)
             except InvalidInputError as error:
                 sequence.fail(error)
                 return
@@ -199,8 +200,8 @@ class Casting:
             sequence.reservation, sequence.awaits_experts = None, True
 
 
-def _is_made_to_measure(sequence: Sequence, task: str) -> bool:
-    """Whether the request, or the whole prompt, decides which of the task's experts are left."""
-    grouping = sequence.generation.manifest.task(task).router.grouping
-    by_request = grouping is not None and grouping.scope == "request"
-    return by_request or bool(sequence.request.group_bias or sequence.request.group_mask)
+def _is_made_to_measure(sequence: Sequence, tasks: tuple[str, ...]) -> bool:
+    """Whether the request, or the whole prompt, decides which of the tasks' experts are left, or how they add up."""
+    groupings = [sequence.generation.manifest.task(task).router.grouping for task in tasks]
+    by_request = any(grouping is not None and grouping.scope == "request" for grouping in groupings)
+    return by_request or len(tasks) > 1 or bool(sequence.request.group_bias or sequence.request.group_mask)

@@ -7,10 +7,13 @@ later, and a request whose router cannot follow is refused then, never answered 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from runtime.engine.request import Request
 from runtime.errors import InvalidInputError
+from runtime.model.blend import blended
 from runtime.model.control import controlled, fixed_for, summary
 from runtime.model.generation import Generation
 from runtime.model.mixture import Mixture
@@ -20,11 +23,16 @@ def check_direction(request: Request, generation: Generation) -> None:
     """Refuse what no router can follow, or the router of the pinned task cannot.
 
     Raises:
-        InvalidInputError: an unknown group, a masked mixture, or a pinned task without groups.
-        UnknownTaskError, RepertoireError: the pinned task does not exist or is quarantined.
+        InvalidInputError: an unknown group, a masked mixture, a pinned task without groups, or weights for a task that
+            cannot be blended.
+        UnknownTaskError, RepertoireError: a named task does not exist or is quarantined.
     """
-    if request.task is not None:
-        generation.check_task(request.task)
+    for task in (*request.task_weights, *request.named_tasks):
+        generation.check_task(task)
+    if len(request.named_tasks) > 1:
+        for task in request.named_tasks:
+            if generation.manifest.task(task).hyper is not None:
+                raise InvalidInputError("task_weights", task, "has hyper-adapters and cannot be blended")
     if not (request.group_bias or request.group_mask):
         return
     if request.task is not None:
@@ -52,9 +60,25 @@ def directed(request: Request, mixture: Mixture | None) -> Mixture | None:
     return None
 
 
-def settled(mixture: Mixture | None, residual: torch.Tensor | None) -> Mixture | None:
+def cast_together(request: Request, mixtures: Sequence[Mixture], residual: torch.Tensor | None) -> Mixture:
+    """What a request makes of the mixtures of its tasks, one or several; `residual` [T, D] enters the experts.
+
+    Args:
+        request: says which groups count, or names the tasks and their weights.
+        mixtures: in any order.
+        residual: of the whole prompt; needed where a mixture weighs whole prompts.
+
+    Raises:
+        InvalidInputError: a mixture has no such groups.
+    """
+    own = [settled(controlled(mixture, request.group_bias, request.group_mask), residual) for mixture in mixtures]
+    weights = request.named_tasks
+    return own[0] if len(own) == 1 else blended([(weights[each.task], each) for each in own])
+
+
+def settled(mixture: Mixture, residual: torch.Tensor | None) -> Mixture:
     """A mixture that weighs whole prompts, with its weights for this one; `residual` [T, D] enters the experts."""
-    if mixture is None or not mixture.by_request:
+    if not mixture.by_request:
         return mixture
     assert residual is not None, "whole prompts are weighed where they enter the experts"
     return fixed_for(mixture, summary(residual).cpu())

@@ -69,9 +69,8 @@ class RouteWatch:
     def tell(self, stage: Stage) -> None:
         """Count all that was noted; a token whose mixture has no router in a layer counts nothing there."""
         for layer, weights in self._layers.items():
-            rows = {staged.row: staged for staged in stage.layers[layer].router.rows}
+            router = stage.layers[layer].router
             for place, (explanation, row) in enumerate(self.tokens.values()):
-                if row in rows:
-                    begin, end = rows[row].begin, rows[row].end
-                    columns = stage.layers[layer].columns[begin:end]
-                    explanation.add(layer, columns, weights[place, begin:end].tolist())
+                span = router.span(row)
+                if span is not None:
+                    explanation.add(layer, router.columns[span], weights[place, span].tolist())

@@ -14,12 +14,13 @@ def located(sequence: Sequence) -> Located:
     """Which task a sequence is of, how that was found out, and where its experts came from."""
     decision = sequence.decision
     return Located(
-        task=sequence.task,
+        task=sequence.task if len(sequence.tasks) < 2 else None,
         how=_how(sequence),
         margin=decision.margin if decision else 0.0,
         scores=tuple(TaskScore(task, score) for task, score in decision.scores) if decision else (),
         generation=sequence.generation.manifest.generation,
         experts=_uses(sequence),
+        task_weights=sequence.request.named_tasks if sequence.request.task_weights else {},
     )
 
 
@@ -45,6 +46,8 @@ def _uses(sequence: Sequence) -> tuple[ExpertUse, ...]:
 def _how(sequence: Sequence) -> How:
     if sequence.request.task is not None:
         return "pinned"
+    if sequence.request.task_weights:
+        return "weighted"
     if sequence.decision is None or (not sequence.decision.scores and sequence.task is None):
         return "base"
     if sequence.decision.task is not None:

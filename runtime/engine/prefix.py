@@ -101,10 +101,12 @@ class PrefixCache:
         if sequence.phase is not Phase.PROMPT or not self._serves(sequence):
             return
         found = self._find(_mixture_root(sequence), sequence.prompt, sequence.answering.start)
+        count = len(found) * BLOCK
         self._fill(sequence, self._upper, found)
         self.hits += bool(found) and not sequence.tokens_skipped
-        sequence.tokens_skipped = sequence.tokens_done = len(found) * BLOCK
-        self.adapted_tokens += len(found) * BLOCK
+        sequence.cached_tokens = min(count, sequence.tokens_skipped) if self.first_layer else count
+        sequence.tokens_skipped = sequence.tokens_done = count
+        self.adapted_tokens += count
 
     @torch.inference_mode()
     def keep_adapted(self, sequence: Sequence) -> None:

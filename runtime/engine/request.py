@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from runtime.engine.route import check_route, shares
 from runtime.errors import GreenroomError, InvalidInputError
 from runtime.model.turns import Message, check_chat
 
@@ -23,7 +24,6 @@ MAX_PRIORITY = 100
 MAX_TOP_LOGPROBS = 20
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 4_096
-MAX_GROUP_BIAS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,7 @@ class Request:
         raw: take `text` as the whole prompt.
         messages: a chat instead of `text`; see `runtime.model.turns`.
         task: pin this task; None lets the locator decide.
+        task_weights: task -> weight >= 0; all of them answer together, each with its share; excludes `task`.
         base_only: answer with the plain base model, no locator; excludes `task`.
         locate_only: end after `Located`; no token is generated.
         continuation: score this text as the answer instead of generating one; see `Finished.scored`.
@@ -144,6 +145,7 @@ class Request:
     raw: bool = False
     messages: tuple[Message, ...] = ()
     task: str | None = None
+    task_weights: Mapping[str, float] = field(default_factory=dict)
     base_only: bool = False
     locate_only: bool = False
     continuation: str | None = None
@@ -161,11 +163,16 @@ class Request:
 
     def __post_init__(self) -> None:
         self._check_prompt()
-        self._check_route()
+        check_route(self)
         if self.keep_logits and self.sampling.n > 1:
             raise InvalidInputError("keep_logits", self.keep_logits, "is for requests with a single choice")
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
             raise InvalidInputError("priority", self.priority, f"must be within +-{MAX_PRIORITY}")
+
+    @property
+    def named_tasks(self) -> Mapping[str, float]:
+        """The tasks that the request names itself, with shares that sum to 1; none where it leaves that open."""
+        return {self.task: 1.0} if self.task is not None else shares(self.task_weights)
 
     def _check_prompt(self) -> None:
         if not self.text and not self.messages:
@@ -175,20 +182,6 @@ class Request:
         check_chat(self.messages)
         if self.continuation is not None and not self.continuation:
             raise InvalidInputError("continuation", self.continuation, "must not be empty")
-
-    def _check_route(self) -> None:
-        if self.base_only and self.task is not None:
-            raise InvalidInputError("task", self.task, "cannot be pinned together with base_only")
-        if self.default_task is not None and self.abstain_fails:
-            raise InvalidInputError("default_task", self.default_task, "excludes abstain_fails")
-        if self.base_only or self.locate_only:
-            how = "base_only" if self.base_only else "locate_only"
-            for name in ("group_bias", "group_mask", "explain"):
-                if getattr(self, name):
-                    raise InvalidInputError(name, getattr(self, name), f"means nothing together with {how}")
-        for group, shift in self.group_bias.items():
-            if not -MAX_GROUP_BIAS <= shift <= MAX_GROUP_BIAS:
-                raise InvalidInputError(f"group_bias[{group}]", shift, f"must be within +-{MAX_GROUP_BIAS:g}")
 
 
 @dataclass(frozen=True)
@@ -220,9 +213,9 @@ class ExpertUse:
     load_s: float
 
 
-How = Literal["located", "pinned", "defaulted", "abstained", "base"]
-"""By the locator; by the caller; the caller's default, since no task is near enough; none is, so the base answers; the
-base was asked for, or there are no tasks."""
+How = Literal["located", "pinned", "weighted", "defaulted", "abstained", "base"]
+"""By the locator; by the caller; by the caller's weights; the caller's default, since no task is near enough; none is,
+so the base answers; the base was asked for, or there are no tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,12 +223,13 @@ class Located:
     """The mixture of a sequence is decided and its experts are loaded.
 
     Args:
-        task: t*, or None for the plain base model.
+        task: t*, or None for the plain base model and where several tasks answer together.
         how: see `How`.
         margin: score of the second-best task minus that of the best, >= 0; 0 where fewer than two tasks were scored.
         scores: all tasks, best first; empty where no locator ran.
         generation: generation of the repertoire.
         experts: the visible set.
+        task_weights: task -> share, where the caller gave weights.
     """
 
     task: str | None
@@ -244,6 +238,7 @@ class Located:
     scores: tuple[TaskScore, ...]
     generation: int
     experts: tuple[ExpertUse, ...]
+    task_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -284,7 +279,8 @@ class Usage:
     """Counts of one request, over all its choices, and seconds since it was submitted, 0 for what it did not come to.
 
     `queue_s` is when it left the queue, `located_s` when its mixture was decided; `load_s` is how long its experts
-    then took, while the prompt ran through the layers whose experts were there.
+    then took, while the prompt ran through the layers whose experts were there. `cached_tokens` of the prompt were
+    known from earlier ones in every layer; those known only below the experts are not among them.
     """
 
     prompt_tokens: int
@@ -294,6 +290,7 @@ class Usage:
     total_s: float
     located_s: float = 0.0
     load_s: float = 0.0
+    cached_tokens: int = 0
 
 
 FinishReason = Literal["stop", "length", "located", "scored"]

@@ -1,6 +1,6 @@
 """Choosing the next token of each sequence from its logits.
 
-It knows nothing of sequences' other state; `transformers` gives the logits processors.
+It knows nothing of sequences' other state, nor of how options cut a distribution (`runtime.engine.warping`).
 Read first: every answer draws from its own generator, so what it gets does not depend on what else is in the batch.
 Greedy answers without options, the usual case, take one argmax over the whole batch.
 """
@@ -8,20 +8,18 @@ Greedy answers without options, the usual case, take one argmax over the whole b
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from runtime.engine.logprobs import token_logprob
 from runtime.engine.matcher import Matcher
 from runtime.engine.penalties import Penalties
 from runtime.engine.request import MAX_SEED, SamplingParams, TokenLogprob
+from runtime.engine.warping import warp
 from runtime.errors import GreenroomError
-
-Warper = Callable[[None, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Sampler:
         self._penalties = Penalties(params, prompt)
         self._matcher = matcher
         self._tokenizer = tokenizer
-        self._warpers = () if self._greedy else _warpers(params)
+        self._params = params
         if not self._greedy:
             seed = secrets.randbits(63) if params.seed is None else (params.seed + choice) & MAX_SEED
             self._generator = torch.Generator().manual_seed(seed)
@@ -92,10 +90,8 @@ class Sampler:
         return Chosen(token, logprob, complete)
 
     def _draw(self, scores: torch.Tensor) -> int:
-        warped = scores.unsqueeze(0)
-        for warper in self._warpers:
-            warped = warper(None, warped)
-        return int(torch.multinomial(torch.softmax(warped[0], dim=0), 1, generator=self._generator))
+        probabilities = torch.softmax(warp(scores, self._params), dim=0)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Chosen | GreenroomError]:
@@ -108,13 +104,3 @@ def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Chosen | G
         except GreenroomError as error:
             chosen.append(error)
     return chosen
-
-
-def _warpers(params: SamplingParams) -> Sequence[Warper]:
-    candidates = (
-        (params.temperature != 1, TemperatureLogitsWarper, params.temperature),
-        (params.top_k > 0, TopKLogitsWarper, params.top_k),
-        (params.top_p < 1, TopPLogitsWarper, params.top_p),
-        (params.min_p > 0, MinPLogitsWarper, params.min_p),
-    )
-    return [warper(value) for wanted, warper, value in candidates if wanted]

@@ -66,7 +66,8 @@ class Sequence:
         tokens_skipped: the first tokens of a prompt, whose keys and values in these layers were known before.
         residual: [T, D] before `layers_done`, and for the tokens done before `range_end`; None before the first range.
         decided: the task is fixed.
-        task: whose mixture it gets; None for the plain base model.
+        task: whose mixture it gets, or the tasks' names joined; None for the plain base model.
+        cached_tokens: tokens of the prompt that no layer had to compute.
         mixture: what it computes with; None while the task's routers are not in memory, and for the plain base model.
         awaits_experts: what it needs is known, and is to be reserved.
         stalled_since: when the prompt came to stand before a layer whose experts are not there; None while it moves.
@@ -102,6 +103,7 @@ class Sequence:
         self.tokens_done = 0
         self.tokens_skipped = 0
         self.entered = False
+        self.cached_tokens = 0
         self.residual: torch.Tensor | None = None
         self.decision: Decision | None = None
         self.task: str | None = None
@@ -131,6 +133,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens that the KV cache must be able to hold at the end."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Whose mixtures it gets; none before that is fixed, and for the plain base model."""
+        return () if self.task is None else tuple(self.request.named_tasks) or (self.task,)
 
     @property
     def context_residual(self) -> torch.Tensor | None:
@@ -245,6 +252,7 @@ class Sequence:
             total_s=since(time.monotonic()),
             located_s=since(self.decided_at),
             load_s=self.reservation.load_s if self.reservation is not None else 0.0,
+            cached_tokens=self.cached_tokens,
         )
 
     def _close(self) -> None:

@@ -51,6 +51,12 @@ class Reservation:
         assert mixture is None or isinstance(mixture, Mixture), "routers lie at their own key"
         return mixture
 
+    def mixtures(self) -> tuple[Mixture, ...] | None:
+        """All routers that are reserved, in the order of `keys`; None while any of them is not in memory."""
+        held = [self._held.get(key) for key in self.keys if key[1] == ROUTERS]
+        mixtures = tuple(value for value in held if isinstance(value, Mixture))
+        return mixtures if len(mixtures) == len(held) else None
+
     def next_missing_layer(self) -> int | None:
         """The lowest layer of which a unit is not in memory yet, -1 for routers; None once the reservation is ready."""
         if self.ready:

@@ -7,6 +7,7 @@ Read first: nothing is read to say what is wanted, so it costs no disk to ask.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 from threading import Lock
 
@@ -55,15 +56,28 @@ class VisibleSets:
                 self._kept.popitem(last=False)
         return made
 
-    def routers_of(self, generation: Generation, task: str) -> VisibleSet:
-        """The routers of a task alone."""
-        whole = self.of(generation, task)
-        return VisibleSet(task=task, routers=whole.routers, wanted=whole.wanted[:1])
+    def of_all(self, generation: Generation, tasks: Sequence[str]) -> VisibleSet:
+        """What several tasks can touch together, each thing once, in the order of `of`; `routers` only of a single one.
+
+        Raises:
+            UnknownTaskError, RepertoireError: as `of`.
+        """
+        if len(tasks) == 1:
+            return self.of(generation, tasks[0])
+        wanted = {each.key: each for task in tasks for each in self.of(generation, task).wanted}
+        in_order = sorted(wanted.values(), key=lambda each: each.key[1])
+        return VisibleSet(task=" + ".join(tasks), routers=None, wanted=in_order)
+
+    def routers_of(self, generation: Generation, tasks: Sequence[str]) -> VisibleSet:
+        """The routers of tasks alone."""
+        whole = self.of_all(generation, tasks)
+        routers = [each for each in whole.wanted if each.key[1] == ROUTERS]
+        return VisibleSet(task=whole.task, routers=whole.routers, wanted=routers)
 
     def of_mixture(self, generation: Generation, mixture: Mixture) -> VisibleSet:
-        """The experts alone of what a request made of a task's mixture."""
+        """The experts alone of what a request made of tasks' mixtures."""
         keys = {(entry.digest, unit.layer) for entry, unit in generation.visible_units(mixture)}
-        whole = self.of(generation, mixture.task)
+        whole = self.of_all(generation, mixture.tasks)
         return VisibleSet(task=mixture.task, routers=None, wanted=[w for w in whole.wanted if w.key in keys])
 
     def _make(self, generation: Generation, task: str) -> VisibleSet:

@@ -69,8 +69,8 @@ class Generation:
     def visible_units(self, mixture: Mixture) -> tuple[tuple[ExpertSet, Unit], ...]:
         """Every (layer, expert) that a sequence of this mixture can touch, in the order of `task_units`."""
         used = {(digest, layer) for layer, router in mixture.routers.items() for digest in router.experts}
-        units = self.task_units(mixture.task)
-        return tuple((entry, unit) for entry, unit in units if (entry.digest, unit.layer) in used)
+        units = {(entry.digest, unit.layer): (entry, unit) for t in mixture.tasks for entry, unit in self.task_units(t)}
+        return tuple(pair for key, pair in units.items() if key in used)
 
     def router_bytes(self, task: str) -> int:
         """What a task's routers count for in memory: a row of D float32 per (layer, expert) of its visible set."""

@@ -17,7 +17,7 @@ from runtime.kernels.grouping import grouped_weights
 from runtime.kernels.routing import top_k_weights
 from runtime.model.hyper_sets import Hyper
 
-MixtureKind = Literal["top_k", "arrow", "grouped", "fixed"]
+MixtureKind = Literal["top_k", "arrow", "grouped", "fixed", "blend"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Router:
         constant: [E] float32, weights that do not depend on the token; None for none.
         groups: of a grouped router.
         labels: per column the name of its group, "" where it has none; empty where there are no groups.
+        parts: of a blend: each task's own router; the columns here are theirs, one part after the other.
     """
 
     weight: torch.Tensor
@@ -66,6 +67,24 @@ class Router:
     constant: torch.Tensor | None = None
     groups: LayerGroups | None = None
     labels: tuple[str, ...] = ()
+    parts: tuple[RouterPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class RouterPart:
+    """The router of one task among several that answer together.
+
+    Args:
+        share: lambda, what its weights are multiplied by.
+        kind: how it weighs its own columns.
+        top_k: K.
+        router: its columns.
+    """
+
+    share: float
+    kind: MixtureKind
+    top_k: int
+    router: Router
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,7 @@ class Mixture:
         by_request: the weights are those of the whole prompt and must be fixed before it runs through the experts.
         variant: what a request made of it; empty for the task's own.
         hyper: adapters added to the FFNs by the chosen set; None adds nothing.
+        blended: the tasks of a blend; empty for the mixture of one task.
     """
 
     task: str
@@ -91,6 +111,12 @@ class Mixture:
     by_request: bool = False
     variant: str = ""
     hyper: Hyper | None = None
+    blended: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Whose visible sets it draws on."""
+        return self.blended or (self.task,)
 
 
 def weigh(router: Router, x: torch.Tensor, *, kind: MixtureKind, top_k: int) -> torch.Tensor:
@@ -100,7 +126,11 @@ def weigh(router: Router, x: torch.Tensor, *, kind: MixtureKind, top_k: int) -> 
     arrow    the same of |W x|
     grouped  lambda * grouped_weights, and 1 - lambda for the general expert
     fixed    `constant`, whatever x is
+    blend    of each part what its kind says, times its share
     """
+    if kind == "blend":
+        own = [part.share * weigh(part.router, x, kind=part.kind, top_k=part.top_k) for part in router.parts]
+        return torch.cat(own, dim=1)
     if kind == "fixed":
         assert router.constant is not None, "a fixed router has its weights"
         return router.constant.expand(x.shape[0], -1)

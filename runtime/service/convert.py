@@ -127,6 +127,7 @@ def _route(message: pb.GenerateRequest | pb.ScoreRequest) -> dict[str, Any]:
     route, otherwise = message.WhichOneof("route"), message.WhichOneof("on_abstain")
     return {
         "task": check_name("task", message.task) if route == "task" else None,
+        "task_weights": {check_name("task_weights", task): weight for task, weight in message.task_weights.items()},
         "base_only": route == "base_only" and message.base_only,
         "abstain_fails": otherwise == "abstain_fails" and message.abstain_fails,
         "default_task": check_name("default_task", message.default_task) if otherwise == "default_task" else None,

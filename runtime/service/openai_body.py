@@ -2,8 +2,8 @@
 
 It knows nothing of calls or of how answers look.
 Read first: fields that are not set take the server's defaults, which are those of `greenroom.v1`; `top_k`, `min_p`,
-`repetition_penalty`, `regex`, `ignore_eos`, `base_only`, `default_task`, `abstain_fails`, `priority` and `explain` are
-ours.
+`repetition_penalty`, `regex`, `ignore_eos`, `base_only`, `task_weights`, `default_task`, `abstain_fails`,
+`priority` and `explain` are ours.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Body(_Part):
     regex: str | None = None
     ignore_eos: bool | None = None
     base_only: bool = False
+    task_weights: dict[str, float] | None = None
     default_task: str | None = None
     abstain_fails: bool = False
     priority: int = 0

@@ -96,12 +96,13 @@ def _explained(finished: Finished) -> dict[str, Any]:
     return {"layers": layers_report(finished)} if finished.explanation else {}
 
 
-def usage(counted: Usage) -> dict[str, int]:
+def usage(counted: Usage) -> dict[str, Any]:
     """`usage`."""
     return {
         "prompt_tokens": counted.prompt_tokens,
         "completion_tokens": counted.completion_tokens,
         "total_tokens": counted.prompt_tokens + counted.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": counted.cached_tokens},
     }
 
 

@@ -50,6 +50,8 @@ def engine_request(body: ChatBody | CompletionBody, model: Model, *, request_id:
     """
     if body.base_only and model.task is not None:
         raise InvalidInputError("base_only", body.base_only, f"the model's name {model.name!r} pins a task")
+    if body.task_weights and model.task is not None:
+        raise InvalidInputError("task_weights", body.task_weights, f"the model's name {model.name!r} pins a task")
     said: dict[str, Any] = (
         {"messages": _messages(body)} if isinstance(body, ChatBody) else {"text": _prompt(body), "raw": True}
     )
@@ -58,6 +60,7 @@ def engine_request(body: ChatBody | CompletionBody, model: Model, *, request_id:
             request_id=request_id,
             task=model.task,
             base_only=body.base_only,
+            task_weights={check_name("task_weights", task): share for task, share in (body.task_weights or {}).items()},
             default_task=None if body.default_task is None else check_name("default_task", body.default_task),
             abstain_fails=body.abstain_fails,
             priority=body.priority,

@@ -20,6 +20,7 @@ _HOW = {
     "abstained": pb.HOW_ABSTAINED,
     "base": pb.HOW_BASE,
     "defaulted": pb.HOW_DEFAULTED,
+    "weighted": pb.HOW_WEIGHTED,
 }
 _SOURCE = {"host": pb.SOURCE_HOST, "disk": pb.SOURCE_DISK}
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
@@ -58,6 +59,7 @@ def routing(located: Located, request_id: str) -> pb.Routing:
             for item in located.experts
         ],
         request_id=request_id,
+        task_weights=located.task_weights,
     )
 
 
@@ -140,4 +142,5 @@ def _usage(usage: Usage) -> pb.Usage:
         queue_seconds=usage.queue_s,
         first_token_seconds=usage.first_token_s,
         total_seconds=usage.total_s,
+        cached_tokens=usage.cached_tokens,
     )

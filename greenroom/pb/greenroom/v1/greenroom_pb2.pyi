@@ -22,6 +22,7 @@ class How(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HOW_ABSTAINED: _ClassVar[How]
     HOW_BASE: _ClassVar[How]
     HOW_DEFAULTED: _ClassVar[How]
+    HOW_WEIGHTED: _ClassVar[How]
 
 class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -44,6 +45,7 @@ HOW_PINNED: How
 HOW_ABSTAINED: How
 HOW_BASE: How
 HOW_DEFAULTED: How
+HOW_WEIGHTED: How
 SOURCE_UNSPECIFIED: Source
 SOURCE_HOST: Source
 SOURCE_DISK: Source
@@ -52,8 +54,15 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("input", "raw_prompt", "chat", "task", "base_only", "abstain_fails", "default_task", "sampling", "request_id", "priority", "tenant", "group_bias", "group_mask", "explain")
+    __slots__ = ("input", "raw_prompt", "chat", "task", "base_only", "abstain_fails", "default_task", "sampling", "request_id", "priority", "tenant", "group_bias", "group_mask", "explain", "task_weights")
     class GroupBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class TaskWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +83,7 @@ class GenerateRequest(_message.Message):
     GROUP_BIAS_FIELD_NUMBER: _ClassVar[int]
     GROUP_MASK_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    TASK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     input: str
     raw_prompt: str
     chat: Chat
@@ -88,7 +98,8 @@ class GenerateRequest(_message.Message):
     group_bias: _containers.ScalarMap[str, float]
     group_mask: _containers.RepeatedScalarFieldContainer[str]
     explain: bool
-    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., task: _Optional[str] = ..., base_only: _Optional[bool] = ..., abstain_fails: _Optional[bool] = ..., default_task: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., group_bias: _Optional[_Mapping[str, float]] = ..., group_mask: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ...) -> None: ...
+    task_weights: _containers.ScalarMap[str, float]
+    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., task: _Optional[str] = ..., base_only: _Optional[bool] = ..., abstain_fails: _Optional[bool] = ..., default_task: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., group_bias: _Optional[_Mapping[str, float]] = ..., group_mask: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ..., task_weights: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages",)
@@ -105,8 +116,15 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., content: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("input", "raw_prompt", "chat", "task", "base_only", "abstain_fails", "default_task", "continuation", "request_id", "priority", "tenant", "group_bias", "group_mask", "explain")
+    __slots__ = ("input", "raw_prompt", "chat", "task", "base_only", "abstain_fails", "default_task", "continuation", "request_id", "priority", "tenant", "group_bias", "group_mask", "explain", "task_weights")
     class GroupBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class TaskWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +145,7 @@ class ScoreRequest(_message.Message):
     GROUP_BIAS_FIELD_NUMBER: _ClassVar[int]
     GROUP_MASK_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    TASK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     input: str
     raw_prompt: str
     chat: Chat
@@ -141,7 +160,8 @@ class ScoreRequest(_message.Message):
     group_bias: _containers.ScalarMap[str, float]
     group_mask: _containers.RepeatedScalarFieldContainer[str]
     explain: bool
-    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., task: _Optional[str] = ..., base_only: _Optional[bool] = ..., abstain_fails: _Optional[bool] = ..., default_task: _Optional[str] = ..., continuation: _Optional[str] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., group_bias: _Optional[_Mapping[str, float]] = ..., group_mask: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ...) -> None: ...
+    task_weights: _containers.ScalarMap[str, float]
+    def __init__(self, input: _Optional[str] = ..., raw_prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., task: _Optional[str] = ..., base_only: _Optional[bool] = ..., abstain_fails: _Optional[bool] = ..., default_task: _Optional[str] = ..., continuation: _Optional[str] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., group_bias: _Optional[_Mapping[str, float]] = ..., group_mask: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ..., task_weights: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("routing", "tokens", "logprob", "usage", "explanation")
@@ -202,7 +222,14 @@ class GenerateResponse(_message.Message):
     def __init__(self, routing: _Optional[_Union[Routing, _Mapping]] = ..., delta: _Optional[_Union[TokenDelta, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("task", "how", "margin", "scores", "generation", "experts", "request_id")
+    __slots__ = ("task", "how", "margin", "scores", "generation", "experts", "request_id", "task_weights")
+    class TaskWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     TASK_FIELD_NUMBER: _ClassVar[int]
     HOW_FIELD_NUMBER: _ClassVar[int]
     MARGIN_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +237,7 @@ class Routing(_message.Message):
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     task: str
     how: How
     margin: float
@@ -217,7 +245,8 @@ class Routing(_message.Message):
     generation: int
     experts: _containers.RepeatedCompositeFieldContainer[ExpertUse]
     request_id: str
-    def __init__(self, task: _Optional[str] = ..., how: _Optional[_Union[How, str]] = ..., margin: _Optional[float] = ..., scores: _Optional[_Iterable[_Union[TaskScore, _Mapping]]] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertUse, _Mapping]]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    task_weights: _containers.ScalarMap[str, float]
+    def __init__(self, task: _Optional[str] = ..., how: _Optional[_Union[How, str]] = ..., margin: _Optional[float] = ..., scores: _Optional[_Iterable[_Union[TaskScore, _Mapping]]] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertUse, _Mapping]]] = ..., request_id: _Optional[str] = ..., task_weights: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class TaskScore(_message.Message):
     __slots__ = ("task", "score")
@@ -312,18 +341,20 @@ class LayerWeights(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Mapping[str, float]] = ..., groups: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "queue_seconds", "first_token_seconds", "total_seconds")
+    __slots__ = ("prompt_tokens", "completion_tokens", "queue_seconds", "first_token_seconds", "total_seconds", "cached_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     queue_seconds: float
     first_token_seconds: float
     total_seconds: float
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class LocateRequest(_message.Message):
     __slots__ = ("input", "raw_prompt", "chat", "request_id", "priority", "tenant")
