@@ -51,8 +51,8 @@ def test_several_prompts_are_answered_in_their_order(target: str) -> None:
 def test_weights_of_tasks_are_named_one_by_one_and_their_shares_shown(target: str) -> None:
     result = run("ask", "a", "--server", target, "--task-weight", "orders=0.7", "--task-weight", "dates=0.3")
     assert result.exit_code == 0, result.stderr
-    assert "0.3 dates + 0.7 orders" in result.stdout
-    assert "weighted" in result.stdout
+    for part in ("0.3 dates", "0.7 orders", "weighted"):
+        assert part in result.stdout
     bad = run("ask", "a", "--server", target, "--task-weight", "orders")
     assert (bad.exit_code, "task-weight='orders': is TASK=NUMBER" in bad.stderr) == (2, True)
 

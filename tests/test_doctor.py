@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from engines import ask
 from repertoires import Workshop
 from typer.testing import CliRunner, Result
 
 from greenroom.cli.capacity import expert_capacity, kv_capacity
 from greenroom.cli.doctor_checks import check_port, check_repertoire
 from greenroom.cli.main import app
+from runtime.engine.engine import Engine
 from runtime.engine.kv import KVCache, KVShape
+from runtime.engine.prefix import BLOCK
 from runtime.errors import BudgetError
 
 
@@ -89,10 +93,37 @@ def test_tasks_run_together_as_long_as_their_visible_sets_fit(three_tasks: Works
 
 
 def test_the_cache_holds_as_many_tokens_as_it_is_said_to(tiny_base_folder: Path) -> None:
-    found = kv_capacity(tiny_base_folder, 1 << 16, "float32")
+    found = kv_capacity(tiny_base_folder, 1 << 16, 0, "float32")
     shape = KVShape(num_layers=4, num_heads=2, head_width=16, context=512)
     cpu = torch.device("cpu")
     cache = KVCache(shape, num_slots=1, budget_bytes=1 << 16, dtype=torch.float32, device=cpu)
     cache.check_fits(found["kv_tokens"])
     with pytest.raises(BudgetError):
         cache.check_fits(found["kv_tokens"] + 1)
+
+
+def test_the_prefix_cache_keeps_as_many_tokens_as_it_is_said_to(
+    three_tasks: Workshop, tiny_base_folder: Path, make_engine: Callable[..., Engine]
+) -> None:
+    for budget in (0, 50_000, 200_000):
+        said = kv_capacity(tiny_base_folder, 1 << 16, budget, "float32")["prefix_tokens"]
+        if budget == 0:
+            assert said == 0
+            continue
+        engine = make_engine(three_tasks, prefix_budget_bytes=budget)
+        prompt = "x" * (said - 1)  # a token each, and at most one special token before them
+        ask(engine, prompt, raw=True, base_only=True).wait()
+        again = ask(engine, prompt, raw=True, base_only=True).wait()
+        assert again.finished.usage.cached_tokens >= said - 2 * BLOCK
+        assert engine.statistics().prefix_bytes <= budget
+
+
+def test_a_flag_says_how_much_is_kept_of_prompts(three_tasks: Workshop, tiny_base_folder: Path) -> None:
+    arguments = ("--repertoire", str(three_tasks.repertoire.root), "--base", str(tiny_base_folder), "--port", "0")
+
+    def tokens(*more: str) -> int:
+        held: int = json.loads(run(*arguments, *more, "--json").stdout)["budgets"]["prefix_tokens"]
+        return held
+
+    assert tokens("--prefix-memory", "0B") == 0
+    assert 0 < tokens("--prefix-memory", "1MiB") < tokens()

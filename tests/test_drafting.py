@@ -77,6 +77,35 @@ def test_answers_that_are_drawn_are_not_drafted_for(workshop: Workshop, make_eng
     assert engine.statistics().drafted_tokens == 0
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"regex": "[ab ]{30}", "ignore_eos": False},
+        {"json_schema": '{"type": "array", "items": {"enum": [1]}, "minItems": 8}', "ignore_eos": False},
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -0.5},
+        {"logprobs": 2},
+        {"logprobs": 0, "regex": "(ab )+", "presence_penalty": 0.1, "ignore_eos": False},
+    ],
+)
+def test_answers_with_options_are_not_drafted_for_and_others_of_their_batch_still_are(
+    workshop: Workshop, make_engine: MakeEngine, sampling: dict[str, object]
+) -> None:
+    workshop.publish("red", "aaaa bbbb")
+    plain, drafting = (make_engine(workshop, max_draft=length) for length in (0, 6))
+    fields: dict[str, object] = {"task": "red", "max_tokens": 30, "keep_logits": False}
+    alone = ask(drafting, PROMPT, sampling=sampling, **fields).wait()
+    assert drafting.statistics().drafted_tokens == 0
+    expected = [ask(plain, PROMPT, sampling=wish, **fields).wait() for wish in (sampling, {})]
+    assert alone.tokens == expected[0].tokens
+    with drafting.together():
+        answers = [ask(drafting, PROMPT, sampling=wish, **fields) for wish in (sampling, {})]
+    assert [answer.wait().tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert answers[0].finished.reason == expected[0].finished.reason
+    assert drafting.statistics().accepted_tokens > 0
+
+
 def test_a_negative_draft_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="max_draft"):
         EngineOptions(max_draft=-1)

@@ -284,7 +284,8 @@ def test_a_pinned_task_and_the_plain_base_exclude_each_other(client: OpenAI) -> 
         client.completions.create(model="greenroom:dates", prompt="a", extra_body={"base_only": True})
     assert caught.value.param == "base_only"
     with pytest.raises(openai.BadRequestError) as caught:
-        chat(client, "a", model="greenroom:dates", extra_body={"task_weights": {"orders": 1.0}})
+        weights = {"task_weights": {"orders": 1.0}}
+        client.completions.create(model="greenroom:dates", prompt="a", extra_body=weights)
     assert caught.value.param == "task_weights"
 
 

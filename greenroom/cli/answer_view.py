@@ -55,7 +55,7 @@ def print_summary(answers: Sequence[Answer]) -> None:
         routing, usage = answer.routing, answer.usage
         table.add_row(
             str(number),
-            Text(routing.task or " + ".join(_shares(routing)) or "-"),
+            Text(routing.task or "\n".join(_shares(routing)) or "-"),
             routing.how,
             f"{routing.margin:.3g}",
             "\n".join(f"{use.digest[:8]} x{use.num_layers}" for use in routing.experts) or "-",

@@ -15,7 +15,13 @@ from runtime.model.manifest import Manifest
 
 
 def capacity(
-    manifest: Manifest | None, base: Path | None, *, expert_budget_bytes: int, kv_budget_bytes: int, dtype: WeightKind
+    manifest: Manifest | None,
+    base: Path | None,
+    *,
+    expert_budget_bytes: int,
+    kv_budget_bytes: int,
+    prefix_budget_bytes: int,
+    dtype: WeightKind,
 ) -> dict[str, int]:
     """Figures by name; those of what is not given are left out.
 
@@ -24,13 +30,14 @@ def capacity(
         base: folder of the base.
         expert_budget_bytes: of expert memory.
         kv_budget_bytes: of KV cache.
+        prefix_budget_bytes: of what is kept of earlier prompts' beginnings.
         dtype: what the base's weights are kept in.
     """
     found: dict[str, int] = {}
     if manifest is not None:
         found |= expert_capacity(manifest, expert_budget_bytes)
     if base is not None:
-        found |= kv_capacity(base, kv_budget_bytes, dtype)
+        found |= kv_capacity(base, kv_budget_bytes, prefix_budget_bytes, dtype)
     return found
 
 
@@ -58,9 +65,13 @@ def expert_capacity(manifest: Manifest, budget_bytes: int) -> dict[str, int]:
     }
 
 
-def kv_capacity(base: Path, budget_bytes: int, dtype: WeightKind) -> dict[str, int]:
-    """Tokens that the KV cache of a base in this folder can hold."""
+def kv_capacity(base: Path, budget_bytes: int, prefix_budget_bytes: int, dtype: WeightKind) -> dict[str, int]:
+    """Tokens that the KV cache of a base in this folder can hold, and whole prompts' tokens that the prefix cache can.
+
+    A token there has its keys and values of all layers and, float32 at most, the residual stream before the experts.
+    """
     from runtime.engine.kv import KVShape
+    from runtime.engine.prefix import BLOCK
     from runtime.engine.step_model import load_dtype
 
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -72,7 +83,12 @@ def kv_capacity(base: Path, budget_bytes: int, dtype: WeightKind) -> dict[str, i
         context=config["max_position_embeddings"],
     )
     token_bytes = shape.token_bytes(load_dtype(dtype))
-    return {"kv_token_bytes": token_bytes, "kv_tokens": budget_bytes // token_bytes}
+    block_bytes = BLOCK * (token_bytes + 4 * config["hidden_size"])
+    return {
+        "kv_token_bytes": token_bytes,
+        "kv_tokens": budget_bytes // token_bytes,
+        "prefix_tokens": prefix_budget_bytes // block_bytes * BLOCK,
+    }
 
 
 def _bytes_of(digests: set[str], sizes: dict[str, int]) -> int:

@@ -23,6 +23,7 @@ def doctor(
     base: flags.BaseFlag = None,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
+    prefix_memory: flags.PrefixMemoryFlag = flags.DEFAULT_PREFIX_MEMORY,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     host: Annotated[str, typer.Option(help="Address that would be bound.")] = DEFAULTS.server.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port that would be bound.")] = DEFAULTS.server.port,
@@ -31,6 +32,7 @@ def doctor(
     """Say what works on this machine, and what budgets can hold."""
     experts = flags.parse_size("expert_memory", expert_memory)
     kv = flags.parse_size("kv_memory", kv_memory)
+    prefix = flags.parse_size("prefix_memory", prefix_memory, least=0)
     from greenroom.cli.capacity import capacity
     from greenroom.cli.doctor_checks import check_machine, check_port, check_repertoire
     from greenroom.cli.places import cache_folder
@@ -39,7 +41,14 @@ def doctor(
     checks = [*check_machine(cache_folder()), check_port(host, port)]
     about, manifest, folder = check_repertoire(repertoire, base, cache_folder())
     checks += about
-    holds = capacity(manifest, folder, expert_budget_bytes=experts, kv_budget_bytes=kv, dtype=dtype)
+    holds = capacity(
+        manifest,
+        folder,
+        expert_budget_bytes=experts,
+        kv_budget_bytes=kv,
+        prefix_budget_bytes=prefix,
+        dtype=dtype,
+    )
     if as_json:
         print_json({"checks": [asdict(check) for check in checks], "budgets": holds})
     else:
