@@ -283,8 +283,8 @@ def test_a_pinned_task_and_the_plain_base_exclude_each_other(client: OpenAI) -> 
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="greenroom:dates", prompt="a", extra_body={"base_only": True})
     assert caught.value.param == "base_only"
+    weights = {"task_weights": {"orders": 1.0}}
     with pytest.raises(openai.BadRequestError) as caught:
-        weights = {"task_weights": {"orders": 1.0}}
         client.completions.create(model="greenroom:dates", prompt="a", extra_body=weights)
     assert caught.value.param == "task_weights"
 

@@ -55,14 +55,15 @@ class Casting:
         self._embed = embed
         self.stall_s = 0.0
 
-    def guess(self, sequence: Sequence, embedded: torch.Tensor) -> None:
-        """On arrival: guess the task from the token embeddings [T, D] and start to read its visible set.
+    def guess(self, sequence: Sequence) -> None:
+        """On arrival: guess the task from the token embeddings and start to read its visible set.
 
         Called on the thread that submits. The guess binds nobody: `decide` withdraws it where it was wrong.
         """
         request, generation = sequence.request, sequence.generation
         if request.named_tasks or request.base_only or request.locate_only:
             return
+        embedded = self._embed(sequence.prompt[: sequence.num_context])
         task = generation.arrival.locate(pool(embedded).unsqueeze(0).cpu())[0].task
         if task is not None:
             self._guess(sequence, (task,))

@@ -179,8 +179,7 @@ class Engine:
             for choice in sequence.choices:
                 choice.on_end = self._give_back
             if self._options.prefetch:
-                ids = torch.tensor(sequence.prompt[: sequence.num_context], device=self._model.device)
-                self._casting.guess(sequence, self._model.embed(ids))
+                self._casting.guess(sequence)
             self._take(sequence)
         except BaseException:
             if sequence is not None and sequence.guess is not None:
@@ -240,10 +239,7 @@ class Engine:
                 kv_bytes_reserved=self._cache.reserved_bytes,
                 stall_s=self._casting.stall_s,
                 memory=self.memory.statistics(),
-                prefix_hits=self._prefixes.hits,
-                prefix_base_tokens=self._prefixes.base_tokens,
-                prefix_adapted_tokens=self._prefixes.adapted_tokens,
-                prefix_bytes=self._prefixes.num_bytes,
+                **self._prefixes.statistics(),
             )
 
     def drain(self, grace_s: float) -> None:

@@ -113,6 +113,15 @@ class PrefixCache:
         """Keep the blocks of a complete prompt above the experts' first layer, as far as they are new."""
         self._keep(sequence, _mixture_root(sequence), self._upper, None)
 
+    def statistics(self) -> dict[str, int]:
+        """A snapshot, by the names in `runtime.engine.statistics`."""
+        return {
+            "prefix_hits": self.hits,
+            "prefix_base_tokens": self.base_tokens,
+            "prefix_adapted_tokens": self.adapted_tokens,
+            "prefix_bytes": self.num_bytes,
+        }
+
     def check_integrity(self) -> None:
         """Assert that the sum is right and within the budget."""
         assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values()), "prefix bytes drifted"
