@@ -20,7 +20,8 @@ from exporters.options import Source
 from runtime.errors import InvalidInputError
 from runtime.model.attach import ExpertModule, attached, decoder_layers, mixture_layer
 from runtime.model.expert import Expert, LowRank
-from runtime.model.manifest import TARGETS, Manifest, Target
+from runtime.model.layer_names import is_named_as_llama
+from runtime.model.manifest import TARGETS, BaseRef, Manifest, Target
 from runtime.model.record import Digest
 
 UNIFORM = "uniform"
@@ -95,13 +96,24 @@ def read_mixture(source: Source) -> tuple[LayerWeights, ConstantMixture]:
     """Read the experts of the mixture that `source` orders.
 
     Raises:
-        InvalidInputError, UnknownTaskError: see `constant_weights`.
+        InvalidInputError, UnknownTaskError: see `constant_weights` and `check_linears`.
         RepertoireError: an expert cannot be read.
     """
     manifest = source.generation.manifest
+    check_linears(manifest.base)
     layers = constant_weights(manifest, source.options.task, source.options.weights)
     terms = {layer: tuple(_terms(source, layer, weights)) for layer, weights in layers.items()}
     return layers, terms
+
+
+def check_linears(base: BaseRef) -> None:
+    """Check that the base's linears are those of Llama by name, one module each: exports know no others.
+
+    Raises:
+        InvalidInputError: they are not.
+    """
+    if not is_named_as_llama(base.architecture):
+        raise InvalidInputError("base: architecture", base.architecture, "its linears are not named as Llama's")
 
 
 def fold(mixture: ConstantMixture) -> Updates:

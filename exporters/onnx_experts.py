@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from exporters.constant_mixture import check_linears
 from exporters.manifest import Facts, FileEntry
 from exporters.onnx_graph import Progress, build_model, write_verified
 from exporters.options import Source
@@ -48,10 +49,12 @@ def write_experts(source: Source, folder: Path, on_progress: Progress) -> tuple[
     Where an expert updates attention, `qkv.onnx` and `out.onnx` come beside them.
 
     Raises:
+        InvalidInputError: see `check_linears`.
         RepertoireError: an expert cannot be read.
         ExportMismatchError: see `exporters.verify`.
     """
     base = source.generation.manifest.base
+    check_linears(base)
     entries = []
     units = [unit for entry in source.generation.manifest.experts for unit in entry.units]
     files = [("gate-up.onnx", GATE_UP), ("down.onnx", DOWN)]

@@ -55,7 +55,8 @@ def test_digest_follows_its_formula(folder: Path) -> None:
         if path.suffix == ".json":
             path.unlink()
     (folder / "model.safetensors").write_bytes(b"weights")
-    config = {"num_hidden_layers": 1, "hidden_size": 2, "intermediate_size": 3, "vocab_size": 4, "architectures": ["A"]}
+    config: dict[str, object] = {"num_hidden_layers": 1, "hidden_size": 2, "num_attention_heads": 1}
+    config |= {"intermediate_size": 3, "vocab_size": 4, "architectures": ["A"]}
     (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "9"}))
     expected = hashlib.sha256()
     compact = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()

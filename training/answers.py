@@ -57,7 +57,7 @@ def _decode(base: BaseModel, prompts: Sequence[Sequence[int]], limit: int) -> li
     cache, head, chosen = DynamicCache(), base.model.get_output_embeddings(), []
     for _ in range(limit):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        hidden = base.model.model(
+        hidden = base.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
         # The head gets [B, D]: given a strided [B, 1, D] it copies the whole vocabulary matrix per row.

@@ -28,6 +28,12 @@ def _stop(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     raise _Reached(inputs[0])
 
 
+def _stop_after(
+    _layer: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor]
+) -> None:
+    raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+
 @torch.no_grad()
 def features(
     base: BaseModel,
@@ -68,10 +74,10 @@ def _residual(base: BaseModel, prompts: Sequence[Sequence[int]], layer: int) -> 
     for i, prompt in enumerate(prompts):
         ids[i, : len(prompt)] = torch.tensor(prompt)
     layers = decoder_layers(base.model)
-    stop_at = layers[layer] if layer < len(layers) else base.model.model.norm
-    hook = stop_at.register_forward_pre_hook(_stop)
+    after = layer == len(layers)
+    hook = layers[-1].register_forward_hook(_stop_after) if after else layers[layer].register_forward_pre_hook(_stop)
     try:
-        base.model.model(input_ids=ids.to(base.model.device), use_cache=False)
+        base.model.base_model(input_ids=ids.to(base.model.device), use_cache=False)
     except _Reached as reached:
         return reached.residual
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from runtime.errors import NonFiniteError
 from runtime.kernels.routing import balance_loss
@@ -132,7 +132,7 @@ class Steps:
 
 def answer_loss(base: BaseModel, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the tokens of `batch.targets`, in nats; a scalar with a graph where gradients are on."""
-    hidden = base.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
+    hidden = base.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
     # Only what is predicted goes through the head: [1, n, D].
     logits = _head_logits(base, hidden[batch.predicts].unsqueeze(0))[0]  # [n, V]
     return cross_entropy(logits.float(), batch.targets)
@@ -145,21 +145,21 @@ def _head_logits(base: BaseModel, hidden: torch.Tensor) -> torch.Tensor:
     model's own forward runs, with a decoder that only hands over what is there.
     """
     model: Any = base.model
-    decoder = model.model
-    model.model = _Given(hidden)
+    name, decoder = model.base_model_prefix, model.base_model
+    setattr(model, name, _Given(hidden))
     try:
         logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
     finally:
-        model.model = decoder
+        setattr(model, name, decoder)
     return logits
 
 
 class _Given(nn.Module):
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
-        self._output = BaseModelOutputWithPast(last_hidden_state=hidden)
+        self._output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
 
-    def forward(self, **_inputs: object) -> BaseModelOutputWithPast:
+    def forward(self, *_ids: object, **_inputs: object) -> BaseModelOutputWithPastAndCrossAttentions:
         return self._output
 
 

@@ -23,7 +23,6 @@ from runtime.engine.drafting import Drafting
 from runtime.engine.generations import Generations
 from runtime.engine.grammar import Grammars
 from runtime.engine.kv import KVCache
-from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
 from runtime.engine.passage import Passage
 from runtime.engine.prefix import PrefixCache
@@ -35,6 +34,7 @@ from runtime.engine.sequence import Phase, Sequence, Sink
 from runtime.engine.speaking import Speaking
 from runtime.engine.statistics import EngineStatistics
 from runtime.engine.step import Step
+from runtime.engine.step_protocol import StepModel
 from runtime.errors import (
     CancelledError,
     DeadlineError,
@@ -67,7 +67,7 @@ class Engine:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: StepModel,
         tokenizer: transformers.PreTrainedTokenizerFast,
         eos_token_ids: tuple[int, ...],
         *,

@@ -115,8 +115,8 @@ class LlamaModel:
             context=self.max_context,
         )
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """[T] -> [T, D], a new tensor."""
+    def embed(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002 - rotary
+        """[T] -> [T, D], a new tensor, wherever the tokens stand."""
         return self.embedding[ids].to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ borders of these ranges; between two borders everything that is under way runs a
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,11 +17,12 @@ from runtime.engine.attention import AttentionPlan, Segment
 from runtime.engine.drafting import Drafting
 from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache
-from runtime.engine.llama import LlamaModel, MixtureRows
+from runtime.engine.llama import MixtureRows
 from runtime.engine.scoring import score_part
 from runtime.engine.sequence import Sequence
 from runtime.engine.stage import LayerPacks, Stage
 from runtime.engine.step import PromptPart, Step
+from runtime.engine.step_protocol import StepModel
 from runtime.model.mixture import Mixture
 
 
@@ -61,13 +63,13 @@ class StepRunner:
     """The tensor side of the engine.
 
     Args:
-        model: fused weights.
+        model: the weights.
         cache: KV cache of the engine.
         drafting: tokens that are tried ahead.
         first_layer: the first layer with experts.
     """
 
-    def __init__(self, model: LlamaModel, cache: KVCache, drafting: Drafting, *, first_layer: int) -> None:
+    def __init__(self, model: StepModel, cache: KVCache, drafting: Drafting, *, first_layer: int) -> None:
         self._model = model
         self._cache = cache
         self._drafting = drafting
@@ -95,20 +97,25 @@ class StepRunner:
         drafts = self._drafting.propose(sequences)
         layers = range(len(self._model.layers))
         plain = tuple(sequence for sequence in sequences if sequence not in drafts)
-        flows = [_Flow(layers, self._embed([each.output[-1] for each in plain]), plain)] if plain else []
+        flows = []
+        if plain:
+            hidden = self._embed([each.output[-1] for each in plain], [each.position for each in plain])
+            flows.append(_Flow(layers, hidden, plain))
         for sequence, draft in drafts.items():
-            hidden = self._embed([sequence.output[-1], *draft])
+            places = range(sequence.position, sequence.position + 1 + len(draft))
+            hidden = self._embed([sequence.output[-1], *draft], places)
             flows.append(_Flow(layers, hidden, (sequence,), draft=tuple(draft)))
         return flows
 
     def _prompt_flow(self, part: PromptPart) -> _Flow:
         sequence = part.sequence
         if sequence.residual is None:
-            sequence.residual = self._embed(sequence.prompt)
+            sequence.residual = self._embed(sequence.prompt, range(len(sequence.prompt)))
         return _Flow(part.layers, sequence.residual[part.start : part.start + part.length], (sequence,), part)
 
-    def _embed(self, tokens: list[int]) -> torch.Tensor:
-        return self._model.embed(torch.tensor(tokens, dtype=torch.int64, device=self._model.device))
+    def _embed(self, tokens: list[int], positions: Items[int]) -> torch.Tensor:
+        ids, places = (torch.tensor(each, dtype=torch.int64, device=self._model.device) for each in (tokens, positions))
+        return self._model.embed(ids, places)
 
     def _run_range(self, layers: range, flows: list[_Flow]) -> None:
         if not flows:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from runtime.engine.llama import LlamaModel
 from runtime.engine.logprobs import continuation_logprobs
 from runtime.engine.sequence import Sequence
+from runtime.engine.step_protocol import StepModel
 
 MAX_ROWS = 64
 """Logits held at once; a row is as wide as the vocabulary."""
 
 
-def score_part(model: LlamaModel, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
+def score_part(model: StepModel, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
     """Append to `sequence.scored` what the tokens `start .. start + T` say of the ones after them.
 
     Args:

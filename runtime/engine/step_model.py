@@ -1,7 +1,8 @@
-"""Which step runs a base on this machine: the native one, or torch's operations; and in which form weights are kept.
+"""Which step runs a base on this machine: native, torch's operations or the base's modules; and how weights are kept.
 
 It knows nothing of requests.
-Read first: "auto" takes the native step wherever it runs, and says in the log why where it does not.
+Read first: "auto" takes the native step wherever it runs, and says in the log why where it does not. A base that
+neither it nor our own step knows runs through its own modules.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from runtime.engine.linears import Keep, keep_dense, keep_int4, keep_int8
-from runtime.engine.llama import LlamaModel
+from runtime.engine.llama import LlamaModel, check_supported
+from runtime.engine.module_model import ModuleModel
 from runtime.engine.native_llama import NativeLlama
+from runtime.engine.step_protocol import StepModel
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
 from runtime.kernels.native_build import build
 from runtime.kernels.step_kinds import StepKind, WeightKind
@@ -42,24 +45,31 @@ def make_step_model(
     step: StepKind,
     folder: Path,
     threads: int,
-) -> LlamaModel:
+) -> StepModel:
     """Take over a Hugging Face model.
 
     Args:
         model: loaded in `load_dtype(weights)`.
         max_context: positions to prepare.
         weights: how its matrices are kept.
-        step: "native" or "torch"; "auto" is native where that runs.
+        step: "native" or "torch", which includes the base's own modules; "auto" is native where that runs.
         folder: where built libraries are kept.
         threads: for the native step. Torch is set to one thread beside it.
 
     Raises:
         UnsupportedDeviceError: "native" was asked for and cannot be had here, or rounded weights on a GPU.
-        InvalidInputError: an architecture or option that no step computes.
+        InvalidInputError: an architecture or option that no step computes, or not with these weights.
     """
     for name, value, choices in (("weights", weights, get_args(WeightKind)), ("step", step, get_args(StepKind))):
         if value not in choices:
             raise InvalidInputError(name, value, f"is one of {', '.join(choices)}")
+    try:
+        check_supported(model.config, max_context)
+    except InvalidInputError as error:
+        if step == "native":
+            raise
+        _log.info("steps run through the base's own modules: %s", error)
+        return _module_model(model, max_context=max_context, weights=weights)
     if step != "torch":
         try:
             made = NativeLlama(model, max_context=max_context, library=build(folder), weights=weights, threads=threads)
@@ -71,3 +81,10 @@ def make_step_model(
             torch.set_num_threads(1)
             return made
     return LlamaModel(model, max_context=max_context, keep=_KEEP[weights])
+
+
+def _module_model(model: PreTrainedModel, *, max_context: int, weights: WeightKind) -> ModuleModel:
+    if _KEEP[weights] is not keep_dense:
+        plain = ", ".join(kind for kind, keep in _KEEP.items() if keep is keep_dense)
+        raise InvalidInputError("weights", weights, f"a {type(model).__name__} runs with {plain}")
+    return ModuleModel(model, max_context=max_context)

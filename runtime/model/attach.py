@@ -1,8 +1,7 @@
 """A mixture attached to a Hugging Face model: a layer's FFN and attention with its experts and its router, as modules.
 
 It knows nothing of engines, caches or batches of several tasks; training and verification use it, on any causal LM
-whose FFN has `gate_proj`, `up_proj`, `down_proj` and `act_fn`, and whose attention, where experts update it, has
-`q_proj`, `k_proj`, `v_proj` and `o_proj`.
+whose linears `runtime.model.layer_names` knows.
 Read first: the router decides once per token for the FFN and, where there are experts for it, once for the attention,
 from the input of each; its weights apply inside every linear of the block.
 `attached` is the way to run a model with a mixture; `load_mixture` makes one of what a repertoire holds.
@@ -24,7 +23,8 @@ from runtime.kernels.routing import top_k_weights
 from runtime.model.expert import Expert, LowRank, linear_widths
 from runtime.model.generation import Generation
 from runtime.model.hyper_module import HeldHyper
-from runtime.model.manifest import ATTENTION_TARGETS, FFN_TARGETS, TARGETS, BaseRef, Target
+from runtime.model.layer_names import attention_linears, attention_name, ffn_linears, layer_names, split_output
+from runtime.model.manifest import ATTENTION_TARGETS, TARGETS, BaseRef, Target
 from runtime.model.mixture import Mixture, Router, weigh
 from runtime.model.repertoire import Repertoire
 
@@ -54,7 +54,7 @@ class ExpertModule(nn.Module):
 
 
 def linear_name(target: Target) -> str:
-    """Name of a linear within a decoder layer of `transformers`."""
+    """Name of a linear within a decoder layer of the Llama family in `transformers`."""
     return f"self_attn.{target}_proj" if target in ATTENTION_TARGETS else f"mlp.{target}_proj"
 
 
@@ -65,11 +65,14 @@ def fresh_expert(
     alpha: float,
     base: BaseRef,
     generator: torch.Generator,
-    targets: Sequence[Target] = FFN_TARGETS,
+    targets: Sequence[Target] | None = None,
 ) -> Expert:
-    """A new expert that changes nothing yet: A uniform in `+-1/sqrt(in)`, B zero, scale alpha/R (LoRA, as in PEFT)."""
+    """A new expert that changes nothing yet: A uniform in `+-1/sqrt(in)`, B zero, scale alpha/R (LoRA, as in PEFT).
+
+    `targets` are those of the base's FFN by default.
+    """
     updates: dict[Target, LowRank] = {}
-    for target in targets:
+    for target in layer_names(base.architecture).ffn_targets if targets is None else targets:
         wide, narrow = linear_widths(target, base)
         a = (torch.rand(rank, wide, generator=generator) * 2 - 1) / math.sqrt(wide)
         updates[target] = LowRank(a, torch.zeros(narrow, rank))
@@ -79,8 +82,9 @@ def fresh_expert(
 class MixtureFFN(nn.Module):
     """An FFN with E visible experts and a router.
 
-    `w = top_k_weights(W x)`; each linear gives `W0 x + sum_e w_e * scale_e * B_e A_e x`; the FFN is
-    `down(act(gate(x)) * up(x))` of these (LLaVA-CMoE: experts in the FFN; one decision per token and layer: ours).
+    `w = top_k_weights(W x)`; each linear gives `W0 x + sum_e w_e * scale_e * B_e A_e x`; the FFN makes of these what
+    it makes of its own, as `down(act(gate(x)) * up(x))` (LLaVA-CMoE: experts in the FFN; one decision per token and
+    layer: ours).
 
     Args:
         ffn: the frozen FFN.
@@ -105,9 +109,7 @@ class MixtureFFN(nn.Module):
         weigh: Weigh | None = None,
     ) -> None:
         super().__init__()
-        for part in ("gate_proj", "up_proj", "down_proj", "act_fn"):
-            if not hasattr(ffn, part):
-                raise TensorMismatchError(f"{type(ffn).__name__} has no {part}: experts cannot be attached to it")
+        self._linears = ffn_linears(ffn)
         if router.shape[0] != len(experts):
             raise TensorMismatchError(f"router has {router.shape[0]} rows for {len(experts)} experts")
         self.ffn = ffn
@@ -123,8 +125,8 @@ class MixtureFFN(nn.Module):
         """[..., D] -> [..., D]."""
         flat = x.reshape(-1, x.shape[-1])
         self.weights = self.route(flat)
-        hidden = self.ffn.act_fn(self._linear("gate", flat)) * self._linear("up", flat)  # type: ignore[operator]
-        y = self._linear("down", hidden)
+        with _updating(self, self.ffn, self._linears, self.weights):
+            y = cast("torch.Tensor", self.ffn(flat))
         if self.beside is not None:
             y = y + self.beside(flat, self.weights > 0).to(y.dtype)
         return y.view_as(x)
@@ -137,10 +139,6 @@ class MixtureFFN(nn.Module):
         k = torch.full((flat.shape[0],), self.top_k, device=flat.device)
         allowed = torch.ones_like(self.logits, dtype=torch.bool)
         return top_k_weights(self.logits, allowed, k, self.top_k)
-
-    def _linear(self, target: Target, x: torch.Tensor) -> torch.Tensor:
-        y = cast("torch.Tensor", getattr(self.ffn, f"{target}_proj")(x))
-        return self.updated(target, x, y, self.weights)
 
     def updated(self, target: Target, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`y + sum_e weights_e * scale_e * B_e A_e x`: x [T, in], y [T, out]."""
@@ -166,11 +164,8 @@ class MixtureAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, mixture: MixtureFFN, targets: Sequence[Target]) -> None:
         super().__init__()
-        missing = [target for target in targets if not hasattr(attention, f"{target}_proj")]
-        if missing:
-            raise TensorMismatchError(f"{type(attention).__name__} has no {missing[0]}_proj to attach experts to")
+        self._linears = attention_linears(attention, targets)
         self.attention = attention
-        self.targets = tuple(targets)
         self._mixture = (mixture,)  # in a tuple: not a part of this module, which is a part of that one's layer
         self.weights: torch.Tensor
 
@@ -178,21 +173,30 @@ class MixtureAttention(nn.Module):
         """As the attention's own, with the experts' updates."""
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self.weights = self._mixture[0].route(x.reshape(-1, x.shape[-1]))
-        handles = [
-            getattr(self.attention, f"{target}_proj").register_forward_hook(partial(self._update, target))
-            for target in self.targets
-        ]
-        try:
+        with _updating(self._mixture[0], self.attention, self._linears, self.weights):
             return self.attention(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _update(
-        self, target: Target, _module: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor
+
+@contextmanager
+def _updating(
+    mixture: MixtureFFN, block: nn.Module, linears: Mapping[str, tuple[Target, ...]], weights: torch.Tensor
+) -> Iterator[None]:
+    """`block` with the experts' updates in its `linears` (name -> targets in its output), by hooks."""
+
+    def update(
+        targets: Sequence[Target], _linear: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor
     ) -> torch.Tensor:
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
-        return self._mixture[0].updated(target, x, y.reshape(-1, y.shape[-1]), self.weights).view_as(y)
+        parts = split_output(y.reshape(-1, y.shape[-1]), targets, getattr(block, "config", None))
+        updated = [mixture.updated(target, x, part, weights) for target, part in zip(targets, parts, strict=True)]
+        return (updated[0] if len(updated) == 1 else torch.cat(updated, dim=1)).view_as(y)
+
+    handles = [getattr(block, name).register_forward_hook(partial(update, linears[name])) for name in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def mixture_layer(
@@ -203,7 +207,7 @@ def mixture_layer(
     targets = [t for t in ATTENTION_TARGETS if any(t in expert.targets for expert in experts)]
     if targets:
         # Not registered as a part: it holds modules of the layer beside the FFN.
-        object.__setattr__(ffn, "attention", MixtureAttention(layer.self_attn, ffn, targets))  # type: ignore[arg-type]
+        object.__setattr__(ffn, "attention", MixtureAttention(getattr(layer, attention_name(layer)), ffn, targets))
     return ffn
 
 
@@ -211,10 +215,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers of a Hugging Face causal LM.
 
     Raises:
-        TensorMismatchError: the model has no `model.layers` with an `mlp` each.
+        TensorMismatchError: the model has no list of layers with an `mlp` each.
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "mlp") for layer in layers):
+    names = layer_names(type(model).__name__)
+    layers = getattr(getattr(model, "base_model", None), names.layers, None)
+    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, names.ffn) for layer in layers):
         raise TensorMismatchError(f"{type(model).__name__} has no model.layers[i].mlp to attach experts to")
     return layers
 
@@ -226,14 +231,14 @@ def attached(model: nn.Module, ffns: Mapping[int, MixtureFFN]) -> Iterator[None]
     for layer, mixture in ffns.items():
         layers[layer].mlp = mixture
         if mixture.attention is not None:
-            layers[layer].self_attn = mixture.attention
+            setattr(layers[layer], attention_name(layers[layer]), mixture.attention)
     try:
         yield
     finally:
         for layer, mixture in ffns.items():
             layers[layer].mlp = mixture.ffn
             if mixture.attention is not None:
-                layers[layer].self_attn = mixture.attention.attention
+                setattr(layers[layer], attention_name(layers[layer]), mixture.attention.attention)
 
 
 def load_mixture(repertoire: Repertoire, generation: Generation, task: str, model: nn.Module) -> dict[int, MixtureFFN]:

@@ -126,7 +126,7 @@ def describe_base(folder: Path) -> BaseInfo:
     config = _read_json_object(folder / "config.json")
     # Multimodal configs keep the language model's sizes one level down.
     nested = config.get("text_config")
-    sizes = {**config, **nested} if isinstance(nested, dict) else config
+    sizes = _with_usual_names({**config, **nested} if isinstance(nested, dict) else config)
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
         raise InvalidInputError("config.json: architectures", architectures, "must name the model class")
@@ -273,6 +273,18 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidInputError(path.name, value, "must be a JSON object")
     return value
+
+
+def _with_usual_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with the names that most have; GPT-2's says `n_embd`, and nothing of an FFN of four times the width."""
+    if "n_embd" not in config:
+        return config
+    renamed = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    found = {name: config.get(own) for name, own in renamed.items()}
+    inner = config.get("n_inner")
+    width = found["hidden_size"]
+    found["intermediate_size"] = 4 * width if inner is None and isinstance(width, int) else inner
+    return {**config, **found}
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:

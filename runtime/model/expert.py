@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 from runtime.errors import NonFiniteError, TensorMismatchError
+from runtime.model.layer_names import layer_names
 from runtime.model.manifest import FFN_TARGETS, TARGETS, BaseRef, ExpertSet, Target, Unit
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,8 +59,12 @@ def linear_widths(target: Target, base: BaseRef) -> tuple[int, int]:
     """Input and output width of a linear.
 
     Raises:
-        TensorMismatchError: a linear of attention, and the record of the base lacks its widths.
+        TensorMismatchError: the architecture has no such linear; or it is one of attention, and the record of the base
+            lacks its widths.
     """
+    known = layer_names(base.architecture).targets
+    if target not in known:
+        raise TensorMismatchError(f"target {target}: {base.architecture} has {', '.join(known)}")
     if target in FFN_TARGETS:
         return (base.ffn_width, base.width) if target == "down" else (base.width, base.ffn_width)
     if base.attention_width is None or base.kv_width is None:
