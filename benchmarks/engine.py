@@ -144,12 +144,17 @@ def rounds(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str,
     """Rows of all systems, medians over the rounds; and how long our engines took to start."""
     samples: Samples = defaultdict(list)
     starts: dict[str, float] = {}
+    kept = options.folder / "rounds.json"
+    if options.more and kept.is_file():
+        for *key, found in json.loads(kept.read_text(encoding="utf-8")):
+            samples[key[0], key[1], key[2], key[3]] = found
     checked = {weights: check_tokens(weights, options) for weights in options.weights}
     for _ in range(options.repeats):
         for weights in options.weights:
             starts[weights] = our_round(weights, options, samples)
         if options.peers:
             peers_round(options, samples)
+        kept.write_text(json.dumps([[*key, found] for key, found in samples.items()]), encoding="utf-8")
     rows = []
     for (system, dtype, bits, workload), found in samples.items():
         row: dict[str, Any] = {"workload": workload, "system": system, "dtype": dtype, "weight_bits": bits}
@@ -213,6 +218,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workloads", type=lambda text: tuple(text.split(",")), default=WORKLOADS)
     parser.add_argument("--weights", type=lambda text: tuple(text.split(",")), default=OURS)
+    parser.add_argument("--more", action="store_true", help="add to the rounds of an earlier run in the same folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=Path("build/engine"))
     parser.add_argument("--output", type=Path, default=RESULTS)
