@@ -145,16 +145,21 @@ def rounds(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str,
     samples: Samples = defaultdict(list)
     starts: dict[str, float] = {}
     kept = options.folder / "rounds.json"
+    checked: dict[str, dict[str, int]] = {}
     if options.more and kept.is_file():
-        for *key, found in json.loads(kept.read_text(encoding="utf-8")):
+        earlier = json.loads(kept.read_text(encoding="utf-8"))
+        checked = earlier["checked"]
+        for *key, found in earlier["rounds"]:
             samples[key[0], key[1], key[2], key[3]] = found
-    checked = {weights: check_tokens(weights, options) for weights in options.weights}
+    for weights in options.weights:
+        checked[weights] = checked.get(weights) or check_tokens(weights, options)
     for _ in range(options.repeats):
         for weights in options.weights:
             starts[weights] = our_round(weights, options, samples)
         if options.peers:
             peers_round(options, samples)
-        kept.write_text(json.dumps([[*key, found] for key, found in samples.items()]), encoding="utf-8")
+        done = {"checked": checked, "rounds": [[*key, found] for key, found in samples.items()]}
+        kept.write_text(json.dumps(done), encoding="utf-8")
     rows = []
     for (system, dtype, bits, workload), found in samples.items():
         row: dict[str, Any] = {"workload": workload, "system": system, "dtype": dtype, "weight_bits": bits}

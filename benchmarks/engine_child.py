@@ -128,7 +128,8 @@ class Bench:
             self._base.eos_token_ids,
             repertoire=repertoire,
             generation=open_generation(repertoire),
-            options=EngineOptions(max_context=256, kv_budget_bytes=512 << 20),
+            # No prompt is remembered from an earlier round, as in the peers.
+            options=EngineOptions(max_context=256, kv_budget_bytes=512 << 20, prefix_budget_bytes=0),
         )
         engine.start()
         return engine

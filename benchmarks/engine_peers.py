@@ -45,7 +45,7 @@ PEERS = (
     Peer("llama.cpp", "q4_0", 4, ("{root}/a/bin/python", "peer_c_llamacpp.py"), (*SINGLE, *BASE)),
     Peer("openvino-genai", "int8", 8, ("{root}/e/bin/python", "peer_e_openvino.py"), SINGLE),
     Peer("openvino-genai", "int8", 8, ("{root}/e/bin/python", "peer_e_openvino.py"), BASE),
-    Peer("peft", "bf16", 16, ("{root}/a/bin/python", "peer_a_peft.py", "--mode", "mixed"), (*SINGLE, *BASE)),
+    Peer("peft", "bf16", 16, ("{root}/a/bin/python", "peer_a_peft.py", "--mode", "mixed"), ("W3", "W4")),
     Peer("peft-arrow", "bf16", 16, ("{root}/a/bin/python", "peer_g_mixture.py", "--mode", "arrow"), ("M8",)),
 )
 """The loaders of base-only rows are apart where switching adapters on makes an engine slower."""

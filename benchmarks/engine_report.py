@@ -1,0 +1,71 @@
+"""The results of benchmarks/engine.py as people read them: a table in Markdown on stdout, and a picture beside the JSON.
+
+It does not know how they were measured.
+Read first: a cell is tokens per second, and in brackets the mean seconds to the first token.
+
+    python benchmarks/engine_report.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+RESULTS = Path(__file__).parent / "results" / "engine.json"
+WORKLOADS = ("W1", "W2", "W3", "W4", "W5b1", "W5b8", "W5b16", "W6", "W7")
+DRAWN = ("W1", "W2", "W3", "W4", "W5b1", "W5b8", "W5b16", "W6")
+
+
+def by_system(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Name of a system and what it computes in -> workload -> row; ours first."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["system"] != "greenroom"):
+        found.setdefault(f"{row['system']} {row['dtype']}", {})[row["workload"]] = row
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line per system."""
+    lines = ["| | " + " | ".join(WORKLOADS) + " | peak MB |", "|---" * (len(WORKLOADS) + 2) + "|"]
+    for name, found in by_system(rows).items():
+        cells = [
+            f"{found[each]['tokens_per_s']:.0f} ({found[each]['ttft_s']:.2f})" if each in found else ""
+            for each in WORKLOADS
+        ]
+        peak = max(row["peak_rss_mb"] for row in found.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {peak} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of tokens per second, one group per workload."""
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    systems = by_system(rows)
+    figure, axes = pyplot.subplots(figsize=(12, 4.5), layout="constrained")
+    width = 0.9 / len(systems)
+    for place, (name, found) in enumerate(systems.items()):
+        heights = [found[each]["tokens_per_s"] if each in found else 0 for each in DRAWN]
+        ours = name.startswith("greenroom")
+        at = [group + (place - len(systems) / 2) * width for group in range(len(DRAWN))]
+        shade = pyplot.get_cmap("Greens")(0.9 - 0.15 * place) if ours else pyplot.get_cmap("Greys")(0.25 + 0.07 * place)
+        axes.bar(at, heights, width, label=name, color=shade)
+    axes.set_xticks(range(len(DRAWN)), DRAWN)
+    axes.set_ylabel("tokens per second")
+    axes.legend(ncols=2, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print and draw."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    print(table(rows))
+    draw(rows, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
