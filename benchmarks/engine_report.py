@@ -1,4 +1,4 @@
-"""The results of benchmarks/engine.py as people read them: a table in Markdown on stdout, and a picture beside the JSON.
+"""The results of benchmarks/engine.py as people read them: a table in Markdown, and a picture beside the JSON.
 
 It does not know how they were measured.
 Read first: a cell is tokens per second, and in brackets the mean seconds to the first token.
@@ -43,16 +43,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of tokens per second, one group per workload."""
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
     systems = by_system(rows)
-    figure, axes = pyplot.subplots(figsize=(12, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 4.5), layout="constrained")
     width = 0.9 / len(systems)
     for place, (name, found) in enumerate(systems.items()):
         heights = [found[each]["tokens_per_s"] if each in found else 0 for each in DRAWN]
         ours = name.startswith("greenroom")
         at = [group + (place - len(systems) / 2) * width for group in range(len(DRAWN))]
-        shade = pyplot.get_cmap("Greens")(0.9 - 0.15 * place) if ours else pyplot.get_cmap("Greys")(0.25 + 0.07 * place)
+        shade = plt.get_cmap("Greens")(0.9 - 0.15 * place) if ours else plt.get_cmap("Greys")(0.25 + 0.07 * place)
         axes.bar(at, heights, width, label=name, color=shade)
     axes.set_xticks(range(len(DRAWN)), DRAWN)
     axes.set_ylabel("tokens per second")
