@@ -238,6 +238,13 @@ def main() -> None:
     }
     words = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in words if "model name" in line), "")
+    profiles = {}
+    child = Child("int8", options.folder, options.threads, "native")
+    for workload in sorted({"W2", "W3", "W5b8", "W6"}.intersection(options.workloads)):
+        child.say(f"warm {workload}")
+        found = child.say(f"profile {workload}")
+        profiles[workload] = {name: round(value, 3) for name, value in found.items()}
+    child.close()
     result = {
         "machine": {"cpu": cpu, "threads": options.threads, "python": platform.python_version()},
         "command": "python benchmarks/engine.py" + (" --peers FOLDER" if options.peers else ""),
@@ -246,6 +253,7 @@ def main() -> None:
         "limits": limits,
         "start_s": starts,
         "floor": floors,
+        "int8_profile_ms_per_step": profiles,
         "ratios": judge(rows, floors),
         "rows": rows,
     }

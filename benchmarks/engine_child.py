@@ -27,6 +27,7 @@ from synthetic import make_repertoire, prompt_of
 
 from greenroom.cli.places import cache_folder
 from runtime.engine.engine import Engine
+from runtime.engine.native_llama import NativeLlama
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Request, SamplingParams, TokenDelta
 from runtime.engine.step_model import load_dtype, make_step_model
@@ -209,6 +210,18 @@ class Bench:
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
 
+    def profile(self, workload: str) -> dict[str, float]:
+        """Milliseconds of each phase of the native step per new token of the batch, prompts left out."""
+        if not isinstance(self._model, NativeLlama):
+            raise SystemExit("only the native step tells its phases")
+        step = self._model.step
+        found = []
+        for new_tokens in (2, NEW_TOKENS):
+            step.phases()
+            self.run(workload, new_tokens)
+            found.append(step.phases())
+        return {name: 1e3 * (found[1][name] - found[0][name]) / (NEW_TOKENS - 2) for name in found[0]}
+
     def close(self) -> None:
         """Stop."""
         for engine in self._engines.values():
@@ -253,6 +266,8 @@ def main() -> None:
             together = bench.tokens(words[1])
             alone = [bench.tokens(words[1], only=i)[0] for i in range(len(together))]
             print(json.dumps({"together": together, "alone": alone}), flush=True)
+        elif words[0] == "profile":
+            print(json.dumps(bench.profile(words[1])), flush=True)
         elif words[0] == "warm":
             bench.run(words[1], 8)
             print("{}", flush=True)

@@ -132,6 +132,23 @@ def test_the_weights_of_an_answer_are_told_as_by_torch(
         assert one.experts == pytest.approx(used, abs=1e-4)
 
 
+def test_the_native_step_tells_where_its_time_went(
+    workshop: Workshop, make_engine: MakeEngine, native_class: NativeClass
+) -> None:
+    publish(workshop)
+    models: list[NativeLlama] = []
+
+    def make_kept(model: PreTrainedModel, *, max_context: int) -> LlamaModel:
+        models.append(native_class("int8")(model, max_context=max_context))  # type: ignore[arg-type]
+        return models[-1]
+
+    ask(make_engine(workshop, model_class=make_kept), PROMPTS[0], task="red", max_tokens=4).wait()
+    first, again = models[0].step.phases(), models[0].step.phases()
+    assert len(first) == 9
+    assert all(seconds > 0 for seconds in first.values())
+    assert set(again.values()) == {0.0}
+
+
 CONFIG = {
     "vocab_size": 99,
     "hidden_size": 32,

@@ -38,6 +38,8 @@ class NativeLlama(LlamaModel):
         weights: how matrices are kept; see `NativeStep`.
         threads: that compute.
 
+    `step` is what computes.
+
     Raises:
         InvalidInputError: an architecture or option that this step does not compute.
         UnsupportedDeviceError: widths that are not multiples of 16, or a model that is not on the CPU.
@@ -63,7 +65,7 @@ class NativeLlama(LlamaModel):
             raise UnsupportedDeviceError(f"the native step runs on a CPU, the base is on {model.device}")
         if not shape.native:
             raise UnsupportedDeviceError(f"the native step takes widths in multiples of 16, this base has {shape}")
-        self._step = NativeStep(library, shape, weights=weights, threads=threads)
+        self.step = NativeStep(library, shape, weights=weights, threads=threads)
         self._cache: KVCache | None = None
         self._mixtures: dict[str, NativeMixture] = {}
         super().__init__(model, max_context=max_context, keep=self._keep, dtype=torch.float32)
@@ -72,18 +74,18 @@ class NativeLlama(LlamaModel):
             for name in ("attention_norm", "ffn_norm", "qkv_bias", "q_norm", "k_norm"):
                 vector = getattr(layer, name)
                 if vector is not None:
-                    self._step.set(name, index, vector)
-        self._step.set("final_norm", 0, self.final_norm)
-        self._step.set("cos", 0, self.cos.flatten())
-        self._step.set("sin", 0, self.sin.flatten())
+                    self.step.set(name, index, vector)
+        self.step.set("final_norm", 0, self.final_norm)
+        self.step.set("cos", 0, self.cos.flatten())
+        self.step.set("sin", 0, self.sin.flatten())
 
     def _keep(self, name: str, layer: int, weight: torch.Tensor) -> Linear:
-        self._step.set(name, layer, weight)
-        return partial(self._step.linear, name, layer)
+        self.step.set(name, layer, weight)
+        return partial(self.step.linear, name, layer)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `LlamaModel.logits`."""
-        return self._step.logits(hidden.contiguous())
+        return self.step.logits(hidden.contiguous())
 
     def forget(self, running: frozenset[str]) -> None:
         """As `LlamaModel.forget`: experts of other mixtures may leave memory."""
@@ -104,12 +106,12 @@ class NativeLlama(LlamaModel):
             super().run_layers(hidden, layers, plan, cache, mixtures)
             return
         if self._cache is not cache:
-            self._step.set_cache(cache.keys, cache.values)
+            self.step.set_cache(cache.keys, cache.values)
             self._cache = cache
         slots, positions = plan.places()
         watch = mixtures.watch if mixtures else None
         record = torch.zeros(len(self.layers), len(slots), 1 + 2 * MAX_K, dtype=torch.int32) if watch else None
-        self._step.run_layers(
+        self.step.run_layers(
             hidden,
             layers,
             torch.tensor(positions, dtype=torch.int32),

@@ -21,6 +21,11 @@ from runtime.kernels.step_kinds import WeightKind
 KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 TARGET_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_K = 8
+PHASES = (
+    *("norm, route, shrink for q k v", "q k v", "rotate, attention", "", "shrink for o", "o"),
+    *("norm, route, shrink for gate up", "gate up", "shrink for down", "down"),
+)
+"""What the native step does in a layer, in this order; products include the expands of their experts."""
 _MATRICES = ("qkv", "out", "gate_up", "down", "head")
 _VECTORS = ("attention_norm", "ffn_norm", "final_norm", "cos", "sin", "qkv_bias", "q_norm", "k_norm")
 
@@ -245,6 +250,12 @@ class NativeStep:
         sizes = (ctypes.c_int64(layer), _pointer(x), ctypes.c_int64(x.shape[0]), _pointer(out))
         self._check(self._library.gr_linear(self._handle, _MATRICES.index(name), *sizes))
         return out
+
+    def phases(self) -> dict[str, float]:
+        """Phase -> seconds spent in it over all layers since the last call."""
+        seconds = (ctypes.c_double * len(PHASES))()
+        self._library.gr_phases(self._handle, seconds)
+        return {name: each for name, each in zip(PHASES, seconds, strict=True) if name}
 
     @staticmethod
     def _check(status: int) -> None:

@@ -2,6 +2,7 @@
 // It knows nothing of requests, tasks or Python objects; callers own every pointer that they pass.
 // Read first: `gr_layers`. Between two barriers every thread takes items of one phase: tokens, heads or blocks of 16
 // outputs. What a token gets depends on nothing but its own sequence, so a batch and a single request agree bit for bit.
+#include <chrono>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -46,6 +47,20 @@ constexpr int PHASES = 10;
 const auto nothing = [](int64_t, int64_t, int) {};
 constexpr int RUN = 4;  // blocks whose expands share the lines of an expert
 
+// Adds up how long each phase took, on the first thread.
+struct Clock {
+  double* total_s;
+  bool runs;
+  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+
+  void mark(int phase) {
+    if (!runs) return;
+    const auto now = std::chrono::steady_clock::now();
+    total_s[phase] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+};
+
 struct Model {
   Config c;
   Team team;
@@ -57,6 +72,7 @@ struct Model {
   Scratch s;
   std::vector<Share> shares;
   std::vector<std::vector<float>> scores;
+  double phase_s[PHASES] = {};
 
   explicit Model(const Config& config)
       : c(config), team(int(config.threads)), layers(config.layers), shares(config.layers * PHASES + 1),
@@ -266,6 +282,7 @@ struct Step {
 
   void layer(int64_t index, int rank) const {
     const Config& c = m.c;
+    Clock clock{m.phase_s, rank == 0};
     const Layer& l = m.layers[index];
     Share* share = &m.shares[index * PHASES];
     const bool in_attention = stage && stage->attention;
@@ -279,6 +296,7 @@ struct Step {
       if (in_attention) choose(index, t, x, {Q, K, V});
     });
     m.team.barrier();
+    clock.mark(0);
     const auto part_of = [&](int64_t o) { return o < q_width ? 0 : o < q_width + kv_width ? 1 : 2; };
     const int64_t begins[] = {0, q_width, q_width + kv_width}, widths[] = {q_width, kv_width, kv_width};
     const auto fetch_qkv = [&](int64_t o, int64_t t, int count) {
@@ -295,8 +313,10 @@ struct Step {
       for (int i = 0; i < count; ++i) store(to + i * LANES, load(y[i]));
     });
     m.team.barrier();
+    clock.mark(1);
     if (m.cache.halves) attention<bf16>(index, share[2], share[3], rank);
     else attention<float>(index, share[2], share[3], rank);
+    clock.mark(2);
 
     share[4].each(tokens, 1, [&](int64_t t) {
       const float* x = s.mixed + t * q_width;
@@ -304,6 +324,7 @@ struct Step {
       if (in_attention) reduce(index, t, x, q_width, {O});
     });
     m.team.barrier();
+    clock.mark(4);
     const auto fetch_out = [&](int64_t o, int64_t t, int count) {
       if (in_attention) fetch(index, t, O, o, c.width, count);
     };
@@ -312,6 +333,7 @@ struct Step {
       for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
     });
     m.team.barrier();
+    clock.mark(5);
     share[6].each(tokens, 1, [&](int64_t t) {
       float* x = s.x + t * c.width;
       norm(hidden + t * c.width, l.ffn_norm, c.epsilon, x);
@@ -320,6 +342,7 @@ struct Step {
       if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
     });
     m.team.barrier();
+    clock.mark(6);
     const auto fetch_gate_up = [&](int64_t o, int64_t t, int count) {
       fetch(index, t, GATE, o, c.ffn, count);
       fetch(index, t, UP, o, c.ffn, count);
@@ -331,18 +354,21 @@ struct Step {
       for (int i = 0; i < count; ++i) store(to + i * LANES, _mm512_mul_ps(silu16(load(y[i])), load(y[RUN + i])));
     });
     m.team.barrier();
+    clock.mark(7);
     share[8].each(tokens, 1, [&](int64_t t) {
       const float* x = s.inner + t * c.ffn;
       prepare(l.down.kind, s.gated, t, x, c.ffn);
       reduce(index, t, x, c.ffn, {DOWN});
     });
     m.team.barrier();
+    clock.mark(8);
     const auto fetch_down = [&](int64_t o, int64_t t, int count) { fetch(index, t, DOWN, o, c.width, count); };
     product(share[9], l.down, s.gated, c.width, 1, fetch_down, [&](int64_t o, int64_t t, float* const y[], int count) {
       add(index, t, 0, DOWN, o, c.width, y, count);
       for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
     });
     m.team.barrier();
+    clock.mark(9);
   }
 };
 
@@ -415,6 +441,12 @@ int gr_layers(void* handle, float* hidden, int64_t tokens, int64_t begin, int64_
     for (int64_t index = begin; index < end; ++index) step.layer(index, rank);
   });
   return 0;
+}
+
+// Seconds spent in each phase of the layers since the last call, PHASES of them; phase 3 counts into phase 2.
+void gr_phases(void* handle, double* seconds) {
+  Model& m = *static_cast<Model*>(handle);
+  for (int i = 0; i < PHASES; ++i) seconds[i] = m.phase_s[i], m.phase_s[i] = 0;
 }
 
 // logits [tokens, V] = head(norm(hidden)).
