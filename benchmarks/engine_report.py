@@ -12,8 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5b1", "W5b8", "W5b16", "W6", "W7")
 DRAWN = ("W1", "W2", "W3", "W4", "W5b1", "W5b8", "W5b16", "W6")
@@ -42,6 +40,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of tokens per second, one group per workload."""
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
