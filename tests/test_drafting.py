@@ -58,7 +58,7 @@ def test_answers_with_drafts_are_those_without(
     before, after = plain.statistics(), drafting.statistics()
     assert before.tokens == after.tokens == 120
     assert 0 < after.accepted_tokens <= after.drafted_tokens
-    assert after.steps == before.steps - after.accepted_tokens
+    assert after.steps < before.steps
     assert before.drafted_tokens == 0
 
 
