@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from runtime.model.base import BaseModel, load_base
 from runtime.model.smollm2 import get_smollm2
 
-pytest_plugins = ("repertoires", "engines", "triton_process", "native", "chromium")
+pytest_plugins = ("repertoires", "engines", "triton_process", "native", "chromium", "ray_cluster")
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = (("Ġ", "t"), ("h", "e"), ("i", "n"), ("e", "r"), ("o", "n"), ("Ġ", "a"), ("Ġt", "he"), ("in", "g"))

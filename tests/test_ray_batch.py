@@ -51,14 +51,10 @@ class Killing:
             yield one
 
 
+@pytest.mark.usefixtures("ray_address")
 def test_two_workers_of_which_one_is_killed_give_the_bytes_of_one_process(
-    three_tasks: Workshop,
-    tiny_base_folder: Path,
-    prototypes: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    three_tasks: Workshop, tiny_base_folder: Path, prototypes: dict[str, str], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # for Ray's processes
     source, notes = tmp_path / "in.csv", tmp_path / "notes"
     notes.mkdir()
     texts = list(prototypes.values())
@@ -70,9 +66,8 @@ def test_two_workers_of_which_one_is_killed_give_the_bytes_of_one_process(
     shared = job_for(engine, source, tmp_path / "shared.jsonl", shard_rows=5)
     run_batch(alone, OneEngine(engine), on_progress=lambda _progress: None)
     engine.close()
-    with connected("local", num_cpus=2):
-        workers = Killing(RayWorkers(partial(build_noted, flags, notes), num_workers=2), notes)
-        report = run_batch(shared, workers, on_progress=lambda _progress: None)
+    workers = Killing(RayWorkers(partial(build_noted, flags, notes), num_workers=2), notes)
+    report = run_batch(shared, workers, on_progress=lambda _progress: None)
     assert workers.killed == 1
     assert (report.rows, report.answered, report.shards) == (60, 60, 12)
     assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()

@@ -18,6 +18,7 @@ from greenroom.cli import engine_flags as flags
 from greenroom.cli.ray_choice import RAY, RayChoice
 from runtime.batch.rows import SHARD_ROWS
 from runtime.engine.request import SamplingParams
+from runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from runtime.batch.progress import Progress
@@ -89,16 +90,18 @@ def batch(
         prefetch=False,  # tasks are known before they are needed
         max_draft=flags.LIMITS.max_draft,
     )
+    cluster = RayChoice(address=ray_address, num_workers=ray_workers, num_gpus=ray_gpus)
+    if not ray and cluster != RAY:
+        raise InvalidInputError("ray", ray, "is needed by the other --ray flags")
     from greenroom.cli.batch_job import check_places, make_job, opened, worked
     from runtime.batch.run import run_batch
 
     places = check_places(source, target, source_format=source_format, target_format=target_format)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    cluster = RayChoice(address=ray_address, num_workers=ray_workers, num_gpus=ray_gpus) if ray else None
     with opened(chosen, generation) as found:
         job = make_job(places, chosen, found, sampling=sampling, shard_rows=shard_rows, fresh=fresh)
         with (
-            worked(chosen, job, cluster, on_wait=console.status) as workers,
+            worked(chosen, job, cluster if ray else None, on_wait=console.status) as workers,
             shown(console) as on_progress,
         ):
             report = run_batch(job, workers, on_progress=on_progress)

@@ -112,6 +112,7 @@ def given_flags(context: typer.Context, values: dict[str, Any]) -> dict[str, Any
 
 def serve_as(chosen: ServeConfig) -> None:
     """Serve what the configuration says until a signal comes."""
+    chosen.ray.check_enabled()
     if chosen.ray.enabled:
         from greenroom.cli.serve_ray import serve_on_ray
 

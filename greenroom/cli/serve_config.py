@@ -100,9 +100,31 @@ class RaySection(_Section):
     downscale_delay_s: Annotated[float, Field(ge=0)] | None = None
 
     def autoscaling(self) -> dict[str, float]:
-        """What was said of scaling, under Ray Serve's own names."""
+        """What was said of scaling, under Ray Serve's own names; nothing for a fixed number of replicas.
+
+        Raises:
+            InvalidInputError: numbers that exclude each other.
+        """
         names = ("min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        found = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if not found:
+            return {}
+        if self.max_replicas is None:
+            raise InvalidInputError("ray.max_replicas", None, f"is needed by ray.{next(iter(found))}")
+        if self.max_replicas < (self.min_replicas or 1):
+            raise InvalidInputError("ray.max_replicas", self.max_replicas, "must be at least ray.min_replicas")
+        if self.replicas != RAY.num_workers:
+            raise InvalidInputError("ray.replicas", self.replicas, "excludes scaling")
+        return found
+
+    def check_enabled(self) -> None:
+        """Refuse settings that nobody would read.
+
+        Raises:
+            InvalidInputError: naming one that needs `--ray`.
+        """
+        for name, value in ({} if self.enabled else self.model_dump(exclude_defaults=True)).items():
+            raise InvalidInputError(f"ray.{name}", value, "needs --ray")
 
 
 class LogSection(_Section):

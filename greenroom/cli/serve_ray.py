@@ -2,14 +2,16 @@
 
 It knows nothing of how requests are routed (`runtime.scale`).
 Read first: the port belongs to Ray Serve's proxy, so what `greenroom serve` does around its own port (TLS, tokens,
-metrics, traces) cannot be had with it, and is refused. A cluster of our own ends with the command; on another one the
-application is removed.
+administration, metrics, traces, log lines) cannot be had with it, and is refused. A cluster of our own ends with the
+command; on another one the application is removed.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
 
 _NEVER_S = 10.0**9
 _REFUSED = {
-    "server": ("host", "name", "grace", "max_message", "max_calls", "coalesce", "tokens"),
+    "server": ("host", "name", "grace", "max_message", "max_calls", "coalesce", "tokens", "admin", "signing_key"),
     "tls": ("certificate", "key", "client_ca"),
     "metrics": ("host", "port"),
+    "log": ("format", "level"),
     "traces": ("endpoint",),
 }
 
@@ -55,7 +58,7 @@ def serve_on_ray(chosen: ServeConfig) -> None:
         http_port=chosen.http.port or ClusterOptions().http_port,
     )
     most = ray_settings.max_replicas or ray_settings.replicas
-    with connected(ray_settings.address, num_cpus=most * num_cpus):
+    with connected(ray_settings.address, num_cpus=most * num_cpus), signalled() as ending:  # Ray sets handlers, too
         from ray import serve
 
         try:
@@ -70,7 +73,7 @@ def serve_on_ray(chosen: ServeConfig) -> None:
                 from greenroom.cli.serve import write_atomically
 
                 write_atomically(chosen.server.ready_file, f"{options.grpc_port}\n")
-            _wait_for_signal()
+            ending.wait()
         finally:
             serve.delete(APPLICATION)
             if ray_settings.address == LOCAL:
@@ -88,6 +91,8 @@ def check_settings(chosen: ServeConfig) -> None:
             value = getattr(getattr(chosen, section), key)
             if value != getattr(getattr(DEFAULTS, section), key):
                 raise InvalidInputError(f"{section}.{key}", value, "cannot be had with --ray: Ray Serve has the port")
+    if not chosen.server.port:
+        raise InvalidInputError("server.port", chosen.server.port, "with --ray it must be chosen")
 
 
 def _build(flags: EngineFlags) -> Engine:
@@ -103,12 +108,13 @@ def _follow(flags: EngineFlags, interval_s: float | None, engine: Engine) -> Hea
     return HeadFollower(open_repertoire(flags), engine, interval_s=interval_s or _NEVER_S)
 
 
-def _wait_for_signal() -> None:
-    signalled = threading.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: signalled.set()) for number in numbers]
+@contextmanager
+def signalled() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, from the first replica's start to the removal of the last."""
+    ending = threading.Event()
+    before = {number: signal.signal(number, lambda *_: ending.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        signalled.wait()
+        yield ending
     finally:
-        for number, old in zip(numbers, before, strict=True):
+        for number, old in before.items():
             signal.signal(number, old)

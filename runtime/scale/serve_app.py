@@ -39,6 +39,7 @@ class ClusterOptions:
         spread: see `runtime.scale.choice.SPREAD`.
         by_task: False takes turns instead of routing by task, for comparison.
         told_every_s: seconds between a replica's reports of what it holds.
+        checked_every_s: seconds between looks whether a replica lives; one that does not is replaced.
         grpc_port: of the entry.
         http_host: of the entry.
         http_port: of the entry.
@@ -52,6 +53,7 @@ class ClusterOptions:
     spread: int = SPREAD
     by_task: bool = True
     told_every_s: float = 1.0
+    checked_every_s: float = 2.0
     grpc_port: int = 50051
     http_host: str = "127.0.0.1"
     http_port: int = 8000
@@ -102,6 +104,7 @@ def run_application(
         Replica,
         name=REPLICA,
         max_ongoing_requests=options.max_ongoing,
+        health_check_period_s=options.checked_every_s,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         request_router_config=router,
         **number,
