@@ -127,3 +127,10 @@ def test_a_flag_says_how_much_is_kept_of_prompts(three_tasks: Workshop, tiny_bas
 
     assert tokens("--prefix-memory", "0B") == 0
     assert 0 < tokens("--prefix-memory", "1MiB") < tokens()
+
+
+def test_bases_that_name_their_sizes_otherwise_are_understood(tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt2", "n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    found = kv_capacity(tmp_path, 1 << 16, 0, "float32")
+    assert found["kv_token_bytes"] == 2 * 3 * 32 * 4

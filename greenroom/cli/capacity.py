@@ -7,7 +7,6 @@ another, the largest first.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from runtime.kernels.step_kinds import WeightKind
@@ -70,20 +69,22 @@ def kv_capacity(base: Path, budget_bytes: int, prefix_budget_bytes: int, dtype: 
 
     A token there has its keys and values of all layers and, float32 at most, the residual stream before the experts.
     """
+    from transformers import AutoConfig
+
     from runtime.engine.kv import KVShape
     from runtime.engine.prefix import BLOCK
     from runtime.engine.step_model import load_dtype
 
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    heads = config["num_attention_heads"]
+    config = AutoConfig.from_pretrained(base, local_files_only=True).get_text_config()
+    heads = config.num_attention_heads
     shape = KVShape(
-        num_layers=config["num_hidden_layers"],
-        num_heads=config.get("num_key_value_heads") or heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads,
-        context=config["max_position_embeddings"],
+        num_layers=config.num_hidden_layers,
+        num_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        context=config.max_position_embeddings,
     )
     token_bytes = shape.token_bytes(load_dtype(dtype))
-    block_bytes = BLOCK * (token_bytes + 4 * config["hidden_size"])
+    block_bytes = BLOCK * (token_bytes + 4 * config.hidden_size)
     return {
         "kv_token_bytes": token_bytes,
         "kv_tokens": budget_bytes // token_bytes,
