@@ -55,17 +55,22 @@ def logits(model: transformers.PreTrainedModel, prompts: Prompts) -> list[torch.
 
 
 def check_logits(
-    where: str, got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], *, tolerance: float = LOGITS_TOLERANCE
+    where: str,
+    got: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    *,
+    output: str = "logits",
+    tolerance: float = LOGITS_TOLERANCE,
 ) -> Check:
-    """Compare logits of the same prompts.
+    """Compare logits of the same prompts, or another `output` with a row per token.
 
     Raises:
         ExportMismatchError: they differ by more than `tolerance` of the row's largest.
     """
-    tally = Tally("logits")
+    tally = Tally(output)
     for one, other in zip(got, wanted, strict=True):
         scale = other.abs().max(1, keepdim=True).values
-        tally.compare(f"{where}: logits", one.numpy(), Wanted(other, scale=scale, tolerance=tolerance), len(other))
+        tally.compare(f"{where}: {output}", one.numpy(), Wanted(other, scale=scale, tolerance=tolerance), len(other))
     return tally.check()
 
 

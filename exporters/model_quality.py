@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.model.attach import attached, load_mixture
+from runtime.model.attach import attached, hold_mixture
 from runtime.model.base import BaseModel
+from runtime.model.control import fixed_for, summary
 from runtime.model.generation import Generation
+from runtime.model.mixture import Mixture
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
 
@@ -70,10 +72,33 @@ def make_cases(base: BaseModel, template: PromptTemplate, tasks: Sequence[str | 
     return Cases(torch.tensor([ids[-length:] for ids in encoded]), named)
 
 
+@torch.no_grad()
+def entering(base: BaseModel, cases: Cases, first_layer: int) -> torch.Tensor:
+    """[N, T, D] float32: what enters the first layer with experts for the prompts."""
+    found: torch.Tensor = base.model(input_ids=cases.ids, output_hidden_states=True).hidden_states[first_layer]
+    return found.float()
+
+
+def case_mixtures(generation: Generation, cases: Cases, residual: torch.Tensor) -> tuple[Mixture | None, ...]:
+    """The mixture of every case, its weights fixed for the prompt where its router weighs whole prompts.
+
+    Args:
+        generation: of the tasks.
+        cases: N of them.
+        residual: [N, T, D], see `entering`.
+    """
+    return tuple(
+        None if task is None else fixed_for(generation.mixture(task), summary(rows))
+        for task, rows in zip(cases.tasks, residual, strict=True)
+    )
+
+
 @contextmanager
-def attached_task(repertoire: Repertoire, generation: Generation, task: str | None, model: nn.Module) -> Iterator[None]:
-    """`model` with the mixture of a task in the place of its FFNs, and without it on leaving."""
-    ffns = {} if task is None else load_mixture(repertoire, generation, task, model)
+def attached_mixture(
+    repertoire: Repertoire, generation: Generation, mixture: Mixture | None, model: nn.Module
+) -> Iterator[None]:
+    """`model` with a mixture in the place of its FFNs and attention, and without it on leaving."""
+    ffns = {} if mixture is None else hold_mixture(repertoire, generation, mixture, model)
     with attached(model, ffns):
         yield
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from exporters.mixture_inputs import fitting
 from exporters.verify import open_session
 from runtime.errors import ExportMismatchError
 
@@ -34,8 +36,13 @@ class ModelSession:
         self.start(slots)
 
     def start(self, slots: Mapping[str, torch.Tensor]) -> None:
-        """Begin a new batch: no past, other experts."""
-        self._slots = {name: tensor.numpy() for name, tensor in slots.items()}
+        """Begin a new batch: no past, other experts.
+
+        Raises:
+            InvalidInputError: the file lacks slots that these experts need.
+        """
+        names = {one.name for one in self._session.get_inputs()}
+        self._slots = {name: tensor.numpy() for name, tensor in fitting(slots, names).items()}
         shape = next(one.shape for one in self._session.get_inputs() if one.name == "past_keys")
         nothing = np.zeros((shape[0], len(self._slots["top_k"]), shape[2], 0, shape[4]), dtype=np.float32)
         self._keys = self._values = nothing
@@ -51,6 +58,18 @@ class ModelSession:
         Raises:
             ExportMismatchError: onnxruntime fails.
         """
+        logits, self._keys, self._values = self._run(["logits", "keys", "values"], ids, keep)
+        return torch.from_numpy(logits)
+
+    def entering(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T, D]: what enters the first layer with experts for the prompts `ids` [B, T]; the cache stays as it is.
+
+        Raises:
+            ExportMismatchError: onnxruntime fails, or the file was made without routers that need this.
+        """
+        return torch.from_numpy(self._run(["entering"], ids, 1)[0])
+
+    def _run(self, outputs: list[str], ids: torch.Tensor, keep: int) -> Any:  # noqa: ANN401 - onnxruntime is not typed
         inputs = {
             "ids": ids.numpy(),
             "logits_to_keep": np.array([keep]),
@@ -59,10 +78,9 @@ class ModelSession:
             **self._slots,
         }
         try:
-            logits, self._keys, self._values = self._session.run(["logits", "keys", "values"], inputs)
+            return self._session.run(outputs, inputs)
         except Exception as error:
             raise ExportMismatchError(f"{self._name}: onnxruntime fails on {tuple(ids.shape)} ids: {error}") from error
-        return torch.from_numpy(logits)
 
     def answer(self, ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Greedy tokens [B, num_tokens] behind the prompts `ids` [B, T]; no token ends an answer."""

@@ -20,14 +20,16 @@ from exporters.artefact import describe_file
 from exporters.block_codes import BITS, Codes, decode, encode
 from exporters.external_data import write_graph
 from exporters.manifest import Check, Facts, FileEntry
-from exporters.mixture_inputs import mixture_inputs
-from exporters.model_check import LOGITS_TOLERANCE, load_own_base
+from exporters.mixture_inputs import pack_mixtures
+from exporters.model_check import LOGITS_TOLERANCE, check_logits, load_own_base
 from exporters.model_quality import (
     Answers,
     Cases,
     agreement,
-    attached_task,
+    attached_mixture,
+    case_mixtures,
     divergence,
+    entering,
     greedy_answer,
     logits_along,
     make_cases,
@@ -43,6 +45,9 @@ from exporters.options import FLOAT32, Source
 from exporters.verify import SIZES, Tally, Wanted
 from runtime.errors import ExportMismatchError, InvalidInputError
 from runtime.model.base import BaseModel
+from runtime.model.generation import Generation
+from runtime.model.manifest import ATTENTION_TARGETS
+from runtime.model.mixture import Mixture
 
 GRAPH_NAME = "model.onnx"
 WEIGHTS_NAME = "model.bin"
@@ -51,6 +56,8 @@ MAX_TASKS = 4
 """Tasks of a generation that are answered in verification, the newest: they see the most experts."""
 
 PROMPTS_PER_TASK = 2
+
+Mixtures = tuple[Mixture | None, ...]
 
 
 @dataclass(frozen=True)
@@ -82,16 +89,16 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
     generation, precision = source.generation, source.options.precision or FLOAT32
     if generation.manifest.tasks and not generation.mixtures:
         names = ", ".join(generation.manifest.task_names())
-        raise InvalidInputError(
-            "target", "onnx-model", f"it can take none of the tasks, {names}, so nothing is verified"
-        )
+        raise InvalidInputError("target", "onnx-model", f"it can take none of the tasks {names}")
     on_progress("loading the base")
     base = load_own_base(source)
     check_llama(base)
     tasks = (None, *list(generation.mixtures)[-MAX_TASKS:])
     cases = make_cases(base, generation.template, tasks, PROMPTS_PER_TASK)
     on_progress(f"answering {len(cases.tasks)} prompts in torch")
-    exact = _answers(source, base, cases)
+    residual = entering(base, cases, generation.manifest.first_layer)
+    mixtures = case_mixtures(generation, cases, residual)
+    exact = _answers(source, base, cases, mixtures)
     exact_perplexity = perplexity(base, lambda ids: _torch_logits(base, ids))
 
     on_progress(f"{GRAPH_NAME}: writing")
@@ -102,23 +109,27 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
         "max_tokens": base.model.config.max_position_embeddings,
         "eos_token_ids": [*base.eos_token_ids],
     }
-    model = _write(path, base, generation.manifest.first_layer, precision, facts)
+    model = _write(path, base, generation, precision, facts)
 
     on_progress(f"{GRAPH_NAME}: verifying in onnxruntime")
-    slots = mixture_inputs(source.repertoire, generation, cases.tasks)
+    slots = pack_mixtures(source.repertoire, generation, mixtures)
     is_rounded = precision != FLOAT32
-    wanted = _logits_along(source, base, cases, exact.tokens) if is_rounded else exact.logits
+    wanted = _logits_along(source, base, cases, mixtures, exact.tokens) if is_rounded else exact.logits
+    residual = entering(base, cases, generation.manifest.first_layer)
     del base.model.model.layers  # the weights are not needed any more
     session = ModelSession(path, slots)
     got = session.logits_along(cases.ids, exact.tokens)
     checks = _compare(got, wanted)
+    if _kinds(generation):
+        session.start(slots)
+        checks += (check_logits(GRAPH_NAME, [*session.entering(cases.ids)], [*residual], output="entering"),)
     if is_rounded:
         stored = onnx.load_model(path, load_external_data=False)
         code_activations(stored)
         path.write_bytes(stored.SerializeToString(deterministic=True))
         session = ModelSession(path, slots)
         got = session.logits_along(cases.ids, exact.tokens)
-    plain = mixture_inputs(source.repertoire, generation, [None])
+    plain = pack_mixtures(source.repertoire, generation, [None])
 
     def predict(ids: torch.Tensor) -> torch.Tensor:
         session.start(plain)
@@ -135,11 +146,28 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
     return (describe_graph(path, model, facts, checks), describe_file(folder / WEIGHTS_NAME))
 
 
-def _write(path: Path, base: BaseModel, first_layer: int, precision: str, facts: Facts) -> onnx.ModelProto:
+def _attends(generation: Generation) -> bool:
+    units = [unit for entry in generation.manifest.experts for unit in entry.units]
+    return any(target in ATTENTION_TARGETS for unit in units for target in unit.ranks)
+
+
+def _kinds(generation: Generation) -> bool:
+    return any(mixture.kind != "top_k" for mixture in generation.mixtures.values())
+
+
+def _write(path: Path, base: BaseModel, generation: Generation, precision: str, facts: Facts) -> onnx.ModelProto:
     """Write graph and weights; the base's weights are rounded as the file's are."""
     is_tied = base.model.lm_head.weight is base.model.model.embed_tokens.weight
     bits = {} if precision == FLOAT32 else _bits(base, precision)
-    graph, tensors = model_graph(base, first_layer, bits, is_tied=is_tied), _tensors(base, bits, is_tied=is_tied)
+    graph = model_graph(
+        base,
+        generation.manifest.first_layer,
+        bits,
+        is_tied=is_tied,
+        attends=_attends(generation),
+        kinds=_kinds(generation),
+    )
+    tensors = _tensors(base, bits, is_tied=is_tied)
     return write_graph(path, graph, tensors, facts, weights=WEIGHTS_NAME, domains=[DOMAIN] if bits else [])
 
 
@@ -154,20 +182,22 @@ def _check_limits(measured: dict[str, float], limits: Limits) -> None:
             raise ExportMismatchError(f"{GRAPH_NAME}: {name} with torch is {value:.4g}, the limit is {limit:g}")
 
 
-def _answers(source: Source, base: BaseModel, cases: Cases) -> Answers:
+def _answers(source: Source, base: BaseModel, cases: Cases, mixtures: Mixtures) -> Answers:
     tokens, logits = [], []
-    for ids, task in zip(cases.ids, cases.tasks, strict=True):
-        with attached_task(source.repertoire, source.generation, task, base.model):
+    for ids, mixture in zip(cases.ids, mixtures, strict=True):
+        with attached_mixture(source.repertoire, source.generation, mixture, base.model):
             chosen, rows = greedy_answer(base.model, ids)
         tokens.append(chosen)
         logits.append(rows)
     return Answers(torch.stack(tokens), torch.stack(logits))
 
 
-def _logits_along(source: Source, base: BaseModel, cases: Cases, tokens: torch.Tensor) -> torch.Tensor:
+def _logits_along(
+    source: Source, base: BaseModel, cases: Cases, mixtures: Mixtures, tokens: torch.Tensor
+) -> torch.Tensor:
     rows = []
-    for ids, task, answer in zip(cases.ids, cases.tasks, tokens, strict=True):
-        with attached_task(source.repertoire, source.generation, task, base.model):
+    for ids, mixture, answer in zip(cases.ids, mixtures, tokens, strict=True):
+        with attached_mixture(source.repertoire, source.generation, mixture, base.model):
             rows.append(logits_along(base.model, ids, answer))
     return torch.stack(rows)
 

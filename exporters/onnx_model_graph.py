@@ -1,4 +1,4 @@
-"""A whole Llama-family model with a KV cache and a mixture in its FFNs, as text: token ids in, logits and cache out.
+"""A whole Llama-family model with a KV cache and a mixture in its linears, as text: token ids in, logits and cache out.
 
 It does not know tasks, tokenizers or verification (`exporters.onnx_model`); weights come as float32 or as codes.
 Read first: B sequences of equal length, flat as [B*T, D] except in attention and in routing. Expert slots are inputs,
@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from exporters.block_codes import BLOCK
 from exporters.onnx_llama import ACTIVATE, FLOAT_ACTIVATIONS, LINEAR, NORM, ROTARY, linears
+from exporters.onnx_model_routing import INPUTS, KIND_INPUTS, KIND_START, START, layer_slots, route
 from runtime.model.base import BaseModel
-from runtime.model.manifest import FFN_TARGETS
+from runtime.model.manifest import ATTENTION_TARGETS, FFN_TARGETS, TARGETS, Target
 
 HEAD, EMBEDDING = "head", "embedding"
 
@@ -20,7 +21,7 @@ _INPUTS = """
     int64[B, T] ids, int64[1] logits_to_keep,
     float[{num_layers}, B, {num_kv_heads}, P, {head_size}] past_keys,
     float[{num_layers}, B, {num_kv_heads}, P, {head_size}] past_values,
-    float[{num_mixed}, C, {width}] router, bool[{num_mixed}, B, C] allowed, int64[B] top_k,
+    {routing}
     {updates}
 """
 
@@ -34,6 +35,8 @@ _OUTPUTS = """
     float[{num_layers}, B, {num_kv_heads}, N, {head_size}] keys,
     float[{num_layers}, B, {num_kv_heads}, N, {head_size}] values
 """
+
+_ENTERING = ", float[B, T, {width}] entering"
 
 _START = (
     """
@@ -70,14 +73,6 @@ _START = (
     context_shape = Constant<value_ints = [-1, {attention_width}]>()
     flat_shape = Constant<value_ints = [-1, {width}]>()
     sequence_shape = Concat<axis = 0>(batch, num_tokens, last)
-    num_columns = Shape<start = 2, end = 3>(allowed)
-    columns_shape = Concat<axis = 0>(last, num_columns)
-    largest_k = ReduceMax<keepdims = 1>(top_k)
-    k_max = Min(largest_k, num_columns)
-    k_max_scalar = Squeeze(k_max)
-    ranks = Range(zero, k_max_scalar, one)
-    k_of_sequence = Unsqueeze(top_k, last_two)
-    is_beyond_k = GreaterOrEqual(ranks, k_of_sequence)
 """
 )
 
@@ -134,31 +129,12 @@ _ATTEND = """
     l{i}_context = Reshape(l{i}_context_split, context_shape)
 """
 
-_ROUTE = """
-    l{i}_slot = Constant<value_int = {slot}>()
-    l{i}_router = Gather<axis = 0>(router, l{i}_slot)
-    l{i}_allowed_columns = Gather<axis = 0>(allowed, l{i}_slot)
-    l{i}_allowed = Unsqueeze(l{i}_allowed_columns, second)
-    l{i}_all_logits = Gemm<transB = 1>(l{i}_ffn_norm, l{i}_router)
-    l{i}_router_logits = Reshape(l{i}_all_logits, sequence_shape)
-    l{i}_own_logits = Where(l{i}_allowed, l{i}_router_logits, never)
-    l{i}_best, l{i}_columns = TopK<axis = -1>(l{i}_own_logits, k_max)
-    l{i}_chosen = Where(is_beyond_k, never, l{i}_best)
-    l{i}_probabilities = Softmax<axis = -1>(l{i}_chosen)
-    l{i}_is_real = Greater(l{i}_chosen, never)
-    l{i}_kept = Where(l{i}_is_real, l{i}_probabilities, nothing)
-    l{i}_weights_shape = Shape(l{i}_router_logits)
-    l{i}_no_weights = ConstantOfShape<value = float[1] {{0.0}}>(l{i}_weights_shape)
-    l{i}_scattered = ScatterElements<axis = 2>(l{i}_no_weights, l{i}_columns, l{i}_kept)
-    l{i}_weights = Reshape(l{i}_scattered, columns_shape)
-"""
-
 _UPDATE = """
     {out}_a = Gather<axis = 0>({t}_a, l{i}_slot)
     {out}_b = Gather<axis = 0>({t}_b, l{i}_slot)
     {out}_spread = Gather<axis = 0>({t}_spread, l{i}_slot)
     {out}_inner = Gemm<transB = 1>({x}, {out}_a)
-    {out}_rank_weights = MatMul(l{i}_weights, {out}_spread)
+    {out}_rank_weights = MatMul({weights}, {out}_spread)
     {out}_weighted = Mul({out}_inner, {out}_rank_weights)
     {out}_update = MatMul({out}_weighted, {out}_b)
     {out} = Add({out}_base, {out}_update)
@@ -177,7 +153,9 @@ _END = """
 """
 
 
-def model_graph(base: BaseModel, first_layer: int, bits: Mapping[str, int], *, is_tied: bool) -> str:
+def model_graph(
+    base: BaseModel, first_layer: int, bits: Mapping[str, int], *, is_tied: bool, attends: bool, kinds: bool
+) -> str:
     """The graph in ONNX's textual syntax.
 
     Args:
@@ -185,6 +163,8 @@ def model_graph(base: BaseModel, first_layer: int, bits: Mapping[str, int], *, i
         first_layer: lowest layer with expert slots.
         bits: linear, as `linears` names it, or the head -> bits of its codes; empty where all weights are float32.
         is_tied: the embedding is the head's table.
+        attends: there are slots for experts of q, k, v and o beside those of the FFN.
+        kinds: there are slots for routers of all kinds, not of top-k alone, and the output `entering`.
     """
     config, info = base.model.config, base.info
     num_kv_heads, head_size = config.num_key_value_heads, config.head_dim
@@ -215,25 +195,33 @@ def model_graph(base: BaseModel, first_layer: int, bits: Mapping[str, int], *, i
             text = _FLOAT_LINEAR.format(out=name, x=x)
         return text.replace(f"{name} = ", f"{out or name} = ")
 
-    def mixed(i: int, target: str, x: str) -> str:
+    def mixed(i: int, target: Target, x: str) -> str:
         name = f"l{i}_{target}"
-        if i < first_layer:
+        if i < first_layer or target not in targets:
             return linear(name, x)
-        return linear(name, x, f"{name}_base") + _UPDATE.format(out=name, x=x, t=target, i=i)
+        weights = f"l{i}_attention_weights" if target in ATTENTION_TARGETS else f"l{i}_weights"
+        return linear(name, x, f"{name}_base") + _UPDATE.format(out=name, x=x, t=target, i=i, weights=weights)
 
-    parts = [_START, _EMBED_CODES if bits else _EMBED, "    hidden_0 = Reshape(embedded, flat_shape)\n"]
+    def routed(i: int, x: str, r: str) -> str:
+        return route(i, x, r, kinds=kinds) if i >= first_layer else ""
+
+    targets = TARGETS if attends else FFN_TARGETS
+    parts = [_START, START, KIND_START if kinds else "", _EMBED_CODES if bits else _EMBED]
+    parts.append("    hidden_0 = Reshape(embedded, flat_shape)\n")
     parts = [part.format(**places) for part in parts]
     for i in range(info.num_layers):
         parts += [
+            layer_slots(i, i - first_layer, kinds=kinds) if i >= first_layer else "",
             NORM.format(out=f"l{i}_attention_norm", x=f"hidden_{i}"),
-            *(linear(f"l{i}_{name}", f"l{i}_attention_norm") for name in "qkv"),
+            routed(i, f"l{i}_attention_norm", f"l{i}_attention") if attends else "",
+            *(mixed(i, target, f"l{i}_attention_norm") for target in ATTENTION_TARGETS[:3]),
             _ROTATE.format(x=f"l{i}_q", shape="query_shape"),
             _ROTATE.format(x=f"l{i}_k", shape="key_shape"),
             _ATTEND.format(i=i),
-            linear(f"l{i}_o", f"l{i}_context"),
+            mixed(i, "o", f"l{i}_context"),
             f"    l{i}_attended = Add(hidden_{i}, l{i}_o)\n",
             NORM.format(out=f"l{i}_ffn_norm", x=f"l{i}_attended"),
-            _ROUTE.format(i=i, slot=i - first_layer) if i >= first_layer else "",
+            routed(i, f"l{i}_ffn_norm", f"l{i}"),
             mixed(i, "gate", f"l{i}_ffn_norm"),
             mixed(i, "up", f"l{i}_ffn_norm"),
             ACTIVATE.format(i=i),
@@ -249,9 +237,13 @@ def model_graph(base: BaseModel, first_layer: int, bits: Mapping[str, int], *, i
             num_layers=info.num_layers,
         )
     )
-    widths = {target: sizes[f"l0_{target}"] for target in FFN_TARGETS}
+    if kinds:
+        parts.append(f"    entering = Reshape(hidden_{first_layer}, sequence_shape)\n")
+    widths = {target: sizes[f"l0_{target}"] for target in targets}
     updates = ", ".join(
         _UPDATE_INPUTS.format(t=target, wide=wide, narrow=narrow, **places) for target, (wide, narrow) in widths.items()
     )
-    inputs, outputs = _INPUTS.format(updates=updates, **places), _OUTPUTS.format(**places)
+    routing = (INPUTS + (KIND_INPUTS if kinds else "")).format(**places)
+    inputs = _INPUTS.format(updates=updates, routing=routing, **places)
+    outputs = _OUTPUTS.format(**places) + (_ENTERING.format(**places) if kinds else "")
     return f"model ({inputs}) => ({outputs}) {{{''.join(parts)}}}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -11,16 +12,19 @@ import pytest
 import torch
 import transformers
 import typer
+from engines import ask
 from exports import files_below, quiet, run, sabotage
 from hyper_tasks import with_hyper
 from repertoires import Workshop
 from typer.testing import CliRunner
 
 from exporters.mixture_inputs import mixture_inputs
+from exporters.model_session import ModelSession
 from exporters.onnx_router import write_routers
 from exporters.options import Options
 from exporters.targets import export
 from greenroom.cli.export import export as export_command
+from runtime.engine.engine import Engine
 from runtime.errors import ExportMismatchError, InvalidInputError
 from runtime.model.generation import open_generation
 from runtime.model.manifest import TARGETS
@@ -189,10 +193,78 @@ def test_a_task_that_a_target_cannot_take_is_an_error_where_it_is_named(workshop
     assert not (workshop.repertoire.root / "exports").exists()
 
 
-def test_a_model_graph_has_no_slots_for_updates_of_attention(workshop: Workshop, tiny_base_folder: Path) -> None:
+# ---- the whole model
+
+
+MODELS: dict[str, dict[str, object]] = {
+    "arrow": {"kind": "arrow", "top_k": 1, "targets": TARGETS},
+    "static": {"grouping": {"groups": ("a", "b"), "within": "static"}, "targets": TARGETS},
+    "general": {"grouping": {"groups": ("a",), "share": 0.7}},
+    "request": {"grouping": {"groups": ("a", "b"), "scope": "request"}},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_graph_writes_what_the_engine_writes(
+    workshop: Workshop, tiny_base_folder: Path, make_engine: Callable[..., Engine], kind: str
+) -> None:
+    workshop.publish("red", "aaaa")
+    workshop.publish("green", "1234", **MODELS[kind])  # type: ignore[arg-type]
+    done = export(workshop.repertoire, "onnx-model", options=order(tiny_base_folder))
+    engine, generation = make_engine(workshop), open_generation(workshop.repertoire)
+    text = "hello there"
+    ids = torch.tensor([generation.template.encode(workshop.base.tokenizer, text)])
+    plain = mixture_inputs(workshop.repertoire, generation, [None])
+    session, written = ModelSession(done.folder / "model.onnx", plain), []
+    for task in ("green", "red", None):
+        entering = None
+        if kind == "request":
+            session.start(plain)
+            entering = session.entering(ids)
+        session.start(mixture_inputs(workshop.repertoire, generation, [task], entering=entering))
+        written.append(session.answer(ids, 64)[0].tolist())
+        assert written[-1] == ask(engine, text, max_tokens=64, task=task, base_only=task is None).wait().tokens
+    assert written[0] not in written[1:]
+
+
+def test_sequences_of_all_kinds_share_a_batch(workshop: Workshop, tiny_base_folder: Path) -> None:
     workshop.publish("red", "aaaa", targets=TARGETS)
-    with pytest.raises(InvalidInputError, match="task red sees experts of red that update q"):
+    workshop.publish("green", "1234", kind="arrow", top_k=1)
+    workshop.publish("blue", "? ! ?", grouping={"groups": ("a", "b", "a"), "epsilon": 0.3})
+    done = export(workshop.repertoire, "onnx-model", options=order(tiny_base_folder))
+    generation, tasks = open_generation(workshop.repertoire), ("blue", None, "green", "red")
+    ids = IDS.expand(4, -1)
+    path = done.folder / "model.onnx"
+    together = ModelSession(path, mixture_inputs(workshop.repertoire, generation, tasks)).step(ids, keep=5)
+    for row, task in zip(together, tasks, strict=True):
+        alone = ModelSession(path, mixture_inputs(workshop.repertoire, generation, [task])).step(IDS, keep=5)[0]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_without_slots_for_a_kind_refuses_it(workshop: Workshop, tiny_base_folder: Path) -> None:
+    workshop.publish("red", "aaaa")
+    path = export(workshop.repertoire, "onnx-model", options=order(tiny_base_folder)).folder / "model.onnx"
+    workshop.publish("green", "1234", targets=TARGETS)
+    workshop.publish("blue", "? ! ?", kind="arrow", layers=(2,))
+    workshop.publish("grey", "word", grouping={"groups": ("a", "b", "a", "a"), "scope": "request"})
+    generation = open_generation(workshop.repertoire)
+    session = ModelSession(path, mixture_inputs(workshop.repertoire, generation, ["red"]))
+    for task, name in (("green", "k_b"), ("blue", "absolute")):
+        with pytest.raises(InvalidInputError, match=f"slots='{name}': the file has none"):
+            session.start(mixture_inputs(workshop.repertoire, generation, [task]))
+    with pytest.raises(InvalidInputError, match="entering=None: the router of task grey weighs whole prompts"):
+        mixture_inputs(workshop.repertoire, generation, ["grey"])
+
+
+def test_a_model_that_no_task_fits_is_refused(workshop: Workshop, tiny_base_folder: Path) -> None:
+    with_hyper(workshop, "network", top_k=2)
+    manifest = workshop.repertoire.manifest()
+    alone = manifest.model_copy(update={"generation": 4, "parent": 3, "tasks": manifest.tasks[1:]})
+    workshop.repertoire.publish(alone, {}, expected=3)
+    with pytest.raises(InvalidInputError, match="it can take none of the tasks green"):
         export(workshop.repertoire, "onnx-model", options=order(tiny_base_folder))
+    done = export(workshop.repertoire, "onnx-model", generation=3, options=order(tiny_base_folder))
+    assert done.manifest.skipped == {"green": "it has hyper-adapters beside its experts"}
 
 
 def test_experts_of_attention_are_exported_beside_those_of_the_ffn(workshop: Workshop, tmp_path: Path) -> None:
