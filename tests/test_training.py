@@ -21,10 +21,12 @@ from training.batches import Row, collate, encode_row, shuffled_batches
 from training.config import TrainingConfig
 from training.data import Example, TaskData
 from training.grow import add_task
+from training.mixtures import fresh_experts, new_mixture
 from training.precision import base_dtype
 from training.score import exact_match, is_exact, normalise
 from training.steps import answer_loss, rate
 from training.task import train_task
+from training.usage import router_usage
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(first_layer=1, epochs=10, learning_rate=1e-2, locator_steps=20, store_dtype="float32", rank=4)
@@ -72,6 +74,40 @@ def blobs(repertoire: Repertoire) -> dict[Path, bytes]:
 
 
 # ---- learning
+
+
+def test_a_trained_router_stores_its_shares_and_each_layer_is_read_in_their_order(
+    tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    repertoire = Repertoire(tmp_path)
+    add_task(repertoire, tiny_base, task_of("letters", LETTERS), QUICK)
+    add_task(repertoire, tiny_base, task_of("more", LETTERS), QUICK)
+    opened = open_generation(repertoire)
+    task = opened.manifest.task("more")
+    assert task.router.usage is not None
+    layers = opened.manifest.visible_layers(task)
+    assert [len(shares) for shares in task.router.usage] == [len(digests) for digests in layers.values()]
+    assert all(sum(shares) == pytest.approx(1.0, abs=1e-3) for shares in task.router.usage)
+    read = [(unit.layer, entry.digest) for entry, unit in opened.task_units("more")]
+    wanted = []
+    for (layer, digests), shares in zip(layers.items(), task.router.usage, strict=True):
+        assert shares[0] != shares[1], "or this test would not see the order"
+        wanted += [(layer, digest) for _, digest in sorted(zip(shares, digests, strict=True), reverse=True)]
+    assert read == wanted
+
+
+def test_usage_is_the_share_of_the_weight_that_real_tokens_gave(tiny_base: BaseModel) -> None:
+    rows = [Row((1, 5, 6), (7, 2)), Row((1, 8), (9, 10, 2))]
+    experts = [fresh_experts(tiny_base, [3], QUICK, seed_name=name) for name in ("one", "two")]
+    ffns = new_mixture(tiny_base, experts[:1], experts[1], name="two", first_layer=3, config=QUICK)
+    together = router_usage(tiny_base, ffns, rows, batch_size=2)
+    assert router_usage(tiny_base, ffns, rows, batch_size=1)[3] == pytest.approx(together[3], abs=2e-4), "no padding"
+    total = torch.zeros(2)
+    for row in rows:
+        with torch.no_grad(), attached(tiny_base.model, ffns):
+            tiny_base.model(collate([row], tiny_base.model.device).ids)
+        total += ffns[3].weights.sum(0)
+    assert together[3] == pytest.approx((total / total.sum()).tolist(), abs=2e-4)
 
 
 def test_training_lowers_the_loss_and_learns_a_mapping(tiny_base: BaseModel, tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def add_task(
         router={router_tensor_name(layer): weight for layer, weight in trained.routers.items()},
         kind="top_k",
         top_k=trained.top_k,
+        usage=tuple(shares for _, shares in sorted(trained.usage.items())),
         visible=(*visible, own[1].digest) if own else tuple(visible),
         hyper=pack_hyper(trained.hyper, top_k=trained.top_k) if trained.hyper else None,
         trained_parameters=_num_parameters(trained),

@@ -77,6 +77,8 @@ class NewTask:
         kind: of the router.
         top_k: K.
         visible: digests of the expert sets that the router may choose from.
+        usage: for every layer with visible experts, ascending, the share of the router's weight on each of them; None
+            where it was not counted.
         grouping: of a grouped router.
         hyper: its hyper-adapters and the bytes of them; None where it has none.
         trained_parameters: of experts, router and hyper-adapters; those of the locator entry are added.
@@ -89,6 +91,7 @@ class NewTask:
     kind: RouterKind
     top_k: int
     visible: tuple[str, ...]
+    usage: tuple[tuple[float, ...], ...] | None = None
     grouping: Grouping | None = None
     hyper: tuple[HyperRef, bytes] | None = None
     trained_parameters: int
@@ -132,6 +135,7 @@ def publish_task(
             top_k=task.top_k,
             visible=task.visible,
             grouping=task.grouping,
+            usage=task.usage,
         ),
         locator=seen[0].entry,
         arrival=seen[1].entry,

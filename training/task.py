@@ -24,6 +24,7 @@ from training.loop import Surroundings, run_steps
 from training.mixtures import fresh_experts, new_mixture
 from training.quick_attention import quick_attention
 from training.steps import Progress
+from training.usage import Usage, router_usage
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TrainedTask:
         routers: layer -> W [E, D] float32; in a layer with a new expert that is the last row.
         top_k: K, at most the largest number of visible experts in a layer.
         losses: cross-entropy of every step, nats per answer token.
+        usage: layer -> share of its router's weight on each row of `routers`.
         hyper: the hypernetwork beside the experts; None where the configuration asks for none.
     """
 
@@ -42,6 +44,7 @@ class TrainedTask:
     routers: Mapping[int, torch.Tensor]
     top_k: int
     losses: tuple[float, ...]
+    usage: Usage
     hyper: HyperNetwork | None = None
 
 
@@ -80,7 +83,7 @@ def train_task(
         new = fresh_experts(base, range(first_layer, base.info.num_layers), config, seed_name=name)
     ffns = new_mixture(base, older, new, name=name, first_layer=first_layer, config=config)
     if not ffns:  # nothing to choose from and nothing to train: the plain base
-        return TrainedTask({}, {}, 1, ())
+        return TrainedTask({}, {}, 1, (), {})
     hyper = attach_hyper(base, ffns, name=name, config=config)
     losses = train_mixture(base, ffns, rows, name=name, config=config, around=around, on_progress=on_progress)
     return TrainedTask(
@@ -88,6 +91,7 @@ def train_task(
         routers={layer: ffn.router.detach().cpu().clone() for layer, ffn in ffns.items()},
         top_k=max(ffn.top_k for ffn in ffns.values()),
         losses=losses,
+        usage=router_usage(base, ffns, rows, batch_size=config.batch_size),
         hyper=hyper,
     )
 
