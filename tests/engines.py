@@ -21,7 +21,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Located, Request, SamplingParams, TokenDelta
-from runtime.model.generation import open_generation
+from runtime.model.generation import Generation, open_generation
 from runtime.model.repertoire import Repertoire
 
 _ids = itertools.count()
@@ -99,7 +99,7 @@ def ask(engine: Engine, text: str, *, max_tokens: int = 8, sampling: dict | None
 
 @pytest.fixture
 def make_engine() -> Iterator[Callable[..., Engine]]:
-    """Make engines: `make_engine(workshop, number=None, start=True, model_class=..., repertoire=..., **options)`."""
+    """Make engines: `make_engine(workshop, number=None, start=True, model_class=..., generation=..., **options)`."""
     engines: list[Engine] = []
 
     def make(
@@ -109,6 +109,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
         start: bool = True,
         model_class: type[LlamaModel] = LlamaModel,
         repertoire: Repertoire | None = None,
+        generation: Generation | None = None,
         **options: int,
     ) -> Engine:
         base = workshop.base
@@ -117,7 +118,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
             base.tokenizer,
             base.eos_token_ids,
             repertoire=repertoire or workshop.repertoire,
-            generation=open_generation(workshop.repertoire, number),
+            generation=generation or open_generation(workshop.repertoire, number),
             options=EngineOptions(**options),
         )
         engines.append(engine)

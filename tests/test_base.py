@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from runtime.model.base import (
     KNOWN_BASES,
     BaseModel,
     describe_base,
+    find_and_load_base,
     known_base_folder,
     load_base,
     quiet_transformers,
@@ -239,8 +241,40 @@ def test_real_base_is_the_pinned_one_and_is_made_only_once(real_base_folder: Pat
 
 
 @pytest.fixture(scope="module")
-def real_base(real_base_folder: Path) -> BaseModel:
-    return load_base(real_base_folder, dtype=torch.float32, device=torch.device("cpu"))
+def opened() -> list[str]:
+    """Paths that this module's real base opened, if `real_base` was asked for."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def real_base(real_base_folder: Path, opened: list[str]) -> BaseModel:
+    looking = True
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        if looking and event == "open":
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(look)  # which cannot be taken away again
+    cache = real_base_folder.parent.parent
+    base = find_and_load_base("smollm2", cache=cache, dtype=torch.float32, device=torch.device("cpu"))
+    looking = False
+    return base
+
+
+def test_a_known_base_is_found_and_loaded_with_its_weights_hashed_once(
+    real_base: BaseModel, real_base_folder: Path, opened: list[str]
+) -> None:
+    assert KNOWN_BASES["smollm2"] == (real_base.info.digest, real_base.info.tokenizer_digest)
+    for weights in real_base_folder.glob("*.safetensors"):
+        # The library maps them by code that no audit sees: what is seen is the reading of every byte for the digest.
+        assert opened.count(str(weights)) == 1
+
+
+def test_a_folder_is_found_and_loaded_as_by_its_parts(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = find_and_load_base(str(tiny_base_folder), cache=tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+    assert base.info == describe_base(tiny_base_folder)
+    with pytest.raises(UnknownBaseError, match="greenroom base get smollm2"):
+        find_and_load_base("smollm2", cache=tmp_path, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_real_base_splits_digits_one_by_one(real_base: BaseModel) -> None:

@@ -21,6 +21,7 @@ from runtime.errors import (
     UnavailableError,
     UnknownTaskError,
 )
+from runtime.model.generation import open_generation
 
 MakeEngine = Callable[..., Engine]
 TASKS = ("red", "green", "blue")
@@ -83,6 +84,16 @@ def test_a_guess_on_arrival_starts_the_reads_and_counts_as_useful(
     without = make_engine(three_tasks, prefetch=False)
     ask(without, prototypes["blue"]).wait()
     assert without.statistics().memory.prefetch_useful_bytes == 0
+
+
+def test_an_engine_that_has_just_begun_locates_as_one_that_has_read_everything(
+    three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]
+) -> None:
+    engine = make_engine(three_tasks, start=False, generation=open_generation(three_tasks.repertoire, routers=False))
+    assert not engine.generation.densities.are_read
+    engine.start()
+    answers = {task: ask(engine, text) for task, text in prototypes.items()}
+    assert {task: answer.wait().located.task for task, answer in answers.items()} == {t: t for t in prototypes}
 
 
 def test_a_wrong_guess_changes_no_answer_and_is_given_up(workshop: Workshop, make_engine: MakeEngine) -> None:

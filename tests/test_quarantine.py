@@ -84,7 +84,7 @@ def change_nothing(_workshop: Workshop) -> None:
         (write_nan, {}, NonFiniteError, "NON_FINITE_WEIGHT"),
     ],
 )
-def test_a_bad_expert_is_quarantined_under_its_own_reason_and_the_other_tasks_answer_as_before(
+def test_a_bad_expert_is_quarantined_under_its_own_reason_and_the_other_tasks_answer_as_before(  # noqa: PLR0917
     three_tasks: Workshop,
     make_engine: MakeEngine,
     prototypes: dict[str, str],
@@ -169,7 +169,9 @@ def test_a_generation_for_another_base_is_refused_and_the_served_one_goes_on(
 def ready(engine: Engine, task: str) -> int:
     """Units of a task's own set that are in memory."""
     digest = engine.generation.manifest.task(task).experts
-    return sum(list(entry.units.values()).count(State.READY) for entry in engine.memory.residency() if entry.digest == digest)
+    return sum(
+        list(entry.units.values()).count(State.READY) for entry in engine.memory.residency() if entry.digest == digest
+    )
 
 
 def test_a_task_read_ahead_by_order_is_there_and_held_by_nobody(three_tasks: Workshop, make_engine: MakeEngine) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from runtime.errors import (
     UnknownSchemaError,
 )
 from runtime.model.base import BaseModel
-from runtime.model.expert import pack_expert_set, unit_tensors
+from runtime.model.expert import DTYPES, pack_expert_set, parse_unit, unit_tensors
 from runtime.model.generation import check_base, open_generation
 from runtime.model.manifest import ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
@@ -129,6 +131,24 @@ def test_weights_that_are_not_finite_cannot_be_written_nor_read(published: Works
         pack_expert_set({2: expert}, task="red", dtype="float16", base=manifest.base)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_none_is_found_in_every_dtype_wherever_it_stands(
+    published: Workshop, dtype: Literal["float32", "bfloat16", "float16"], value: float
+) -> None:
+    manifest = published.repertoire.manifest()
+    expert = published.repertoire.read_unit(manifest.experts[0], manifest.experts[0].units[0], manifest.base)
+    for update in expert.updates.values():
+        update.a.fill_(torch.finfo(DTYPES[dtype]).max)  # the largest that is a number
+    blob, entry = pack_expert_set({2: expert}, task="red", dtype=dtype, base=manifest.base)
+    unit = entry.units[0]
+    data = bytearray(blob[unit.offset : unit.offset + unit.bytes])
+    assert parse_unit(data, unit, entry, manifest.base).updates["gate"].a.isfinite().all()
+    torch.frombuffer(data, dtype=DTYPES[dtype])[-1] = value
+    with pytest.raises(NonFiniteError, match="layer 2"):
+        parse_unit(data, unit, entry, manifest.base)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -155,6 +175,28 @@ def test_a_task_whose_router_is_gone_is_quarantined_and_the_others_are_unharmed(
     assert generation.locator.tasks == ("red", "blue")
     with pytest.raises(BlobMissingError):
         generation.mixture("green")
+
+
+def test_a_server_opens_a_generation_without_its_densities_and_finds_a_bad_one_when_it_locates(
+    three_tasks: Workshop,
+) -> None:
+    manifest = three_tasks.repertoire.manifest()
+    blob_path(three_tasks, manifest.task("green").locator.digest).unlink()
+    generation = open_generation(three_tasks.repertoire, routers=False)
+    assert not generation.densities.are_read
+    assert generation.faults == {}
+    assert generation.mixture("green").task == "green", "asked for by name it needs no density"
+    assert generation.arrival.tasks == generation.locator.tasks == ("red", "blue")
+    assert generation.densities.are_read
+    with pytest.raises(BlobMissingError):
+        generation.mixture("green")
+
+
+def test_the_densities_are_read_once_however_many_ask_at_once(three_tasks: Workshop) -> None:
+    generation = open_generation(three_tasks.repertoire, routers=False)
+    with ThreadPoolExecutor(8) as pool:
+        locators = list(pool.map(lambda _: generation.densities.locators(), range(8)))
+    assert all(pair is locators[0] for pair in locators)
 
 
 def test_names_never_leave_the_folder(published: Workshop) -> None:

@@ -11,7 +11,7 @@ from greenroom.cli.places import cache_folder
 from runtime.engine.engine import Engine
 from runtime.engine.follower import open_held
 from runtime.engine.step_model import load_dtype, make_step_model
-from runtime.model.base import load_base, resolve_base
+from runtime.model.base import find_and_load_base
 from runtime.model.generation import check_base
 from runtime.model.repertoire import Repertoire
 from runtime.model.signature import TrustPolicy
@@ -36,9 +36,10 @@ def build_engine(flags: EngineFlags, *, number: int | None = None) -> Engine:
         torch.set_num_threads(flags.threads)
     repertoire = open_repertoire(flags)
     generation, let_go = open_held(repertoire, number)
-    folder = resolve_base(flags.base or generation.manifest.base.name, cache=cache_folder())
+    generation.densities.read_ahead()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(folder, dtype=load_dtype(flags.dtype), device=device)
+    named = flags.base or generation.manifest.base.name
+    base = find_and_load_base(named, cache=cache_folder(), dtype=load_dtype(flags.dtype), device=device)
     check_base(generation.manifest, base.info)
     max_context = min(flags.limits.max_context, base.model.config.max_position_embeddings)
     return Engine(

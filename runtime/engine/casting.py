@@ -63,6 +63,8 @@ class Casting:
         request, generation = sequence.request, sequence.generation
         if request.named_tasks or request.base_only or request.locate_only:
             return
+        if not generation.densities.are_read:
+            return  # a guess is worth no waiting
         embedded = self._embed(sequence.prompt[: sequence.num_context])
         task = generation.arrival.locate(pool(embedded).unsqueeze(0).cpu())[0].task
         if task is not None:

@@ -127,6 +127,7 @@ class HeadFollower:
         self._refused = candidate
         generation, let_go = open_held(self._repertoire, number)
         try:
+            generation.densities.locators()  # here, and not while a request waits
             self._engine.publish(generation, retire=let_go)
         except GreenroomError:
             let_go()

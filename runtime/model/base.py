@@ -154,11 +154,15 @@ def known_base_folder(name: str, *, cache: Path) -> Path:
 
 def is_known_base(name: str, folder: Path) -> bool:
     """Whether `folder` holds the known base `name`, complete and unchanged: reads all of it."""
+    return _described_as(name, folder) is not None
+
+
+def _described_as(name: str, folder: Path) -> BaseInfo | None:
     try:
         info = describe_base(folder)
     except (UnknownBaseError, InvalidInputError):
-        return False
-    return KNOWN_BASES[name] == (info.digest, info.tokenizer_digest)
+        return None
+    return info if KNOWN_BASES[name] == (info.digest, info.tokenizer_digest) else None
 
 
 def resolve_base(name_or_path: str, *, cache: Path) -> Path:
@@ -171,18 +175,34 @@ def resolve_base(name_or_path: str, *, cache: Path) -> Path:
     Raises:
         UnknownBaseError: neither, or a known base that is not in the cache or not what it should be.
     """
+    return _find(name_or_path, cache)[0]
+
+
+def _find(name_or_path: str, cache: Path) -> tuple[Path, BaseInfo | None]:
+    """The folder, and what it holds if finding it took reading it."""
     if name_or_path in KNOWN_BASES:
         folder = known_base_folder(name_or_path, cache=cache)
-        if not is_known_base(name_or_path, folder):
+        info = _described_as(name_or_path, folder)
+        if info is None:
             raise UnknownBaseError(
                 f"base {name_or_path!r} is not in {cache}, or is damaged: run `greenroom base get {name_or_path}`"
             )
-        return folder
+        return folder, info
     folder = Path(name_or_path)
     if not (folder / "config.json").is_file():
         known = ", ".join(sorted(KNOWN_BASES))
         raise UnknownBaseError(f"base {name_or_path!r} is neither a known name ({known}) nor a model folder")
-    return folder
+    return folder, None
+
+
+def find_and_load_base(name_or_path: str, *, cache: Path, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """`resolve_base` and `load_base` in one, which reads every byte for its digest once and not twice.
+
+    Raises:
+        UnknownBaseError, InvalidInputError: as for these.
+    """
+    folder, info = _find(name_or_path, cache)
+    return _load(folder, info or describe_base(folder), dtype, device)
 
 
 def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
@@ -198,7 +218,10 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Base
             end token.
         InvalidInputError: as for `describe_base`.
     """
-    info = describe_base(folder)
+    return _load(folder, describe_base(folder), dtype, device)
+
+
+def _load(folder: Path, info: BaseInfo, dtype: torch.dtype, device: torch.device) -> BaseModel:
     with quiet_transformers():
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,8 +1,8 @@
 """One generation, opened: manifest, locator, and every task's mixture.
 
 It knows nothing of expert weights, which stay on disk until `runtime.memory` reads them.
-Read first: a task whose locator entry (or router, where routers are read at once) cannot be read is quarantined in
-`faults`; the others are unharmed. A server reads routers only when a task is first asked for.
+Read first: a task whose locator entry or router cannot be read is quarantined in `faults` as soon as that is known; the
+others are unharmed. A server reads densities when a prompt is first located, and routers when a task is asked for.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from runtime.errors import BaseMismatchError, RepertoireError
 from runtime.model.base import BaseInfo
-from runtime.model.density import Weights, density_shapes, prototype_shapes
+from runtime.model.densities import Densities
 from runtime.model.hyper_sets import stored_shapes
-from runtime.model.locator import Locator, frame_shapes
-from runtime.model.manifest import BaseRef, ExpertSet, LocatorEntry, LocatorRef, Manifest, Task, Unit
+from runtime.model.locator import Locator
+from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Task, Unit
 from runtime.model.mixture import Mixture
 from runtime.model.on_demand import OnDemand
 from runtime.model.prompt import PromptTemplate
@@ -30,20 +30,31 @@ class Generation:
     Args:
         manifest: what was published.
         template: how an input becomes a prompt.
-        locator: over all tasks without a fault.
-        arrival: the same, for the guess from token embeddings.
+        densities: of all tasks, read or not.
         mixtures: task -> mixture, of all tasks without a fault; read when first asked for if opened so.
-        faults: task -> why it cannot be served.
         read_mixture: reads the mixture of a task from disk; raises RepertoireError where it is bad.
     """
 
     manifest: Manifest
     template: PromptTemplate
-    locator: Locator
-    arrival: Locator
+    densities: Densities
     mixtures: Mapping[str, Mixture]
-    faults: Mapping[str, RepertoireError]
     read_mixture: Callable[[str], Mixture]
+
+    @property
+    def locator(self) -> Locator:
+        """Decides, over all tasks without a fault; waits until the densities are read."""
+        return self.densities.locators()[0]
+
+    @property
+    def arrival(self) -> Locator:
+        """Guesses from the token embeddings; waits until the densities are read."""
+        return self.densities.locators()[1]
+
+    @property
+    def faults(self) -> Mapping[str, RepertoireError]:
+        """Task -> why it cannot be served, as far as that is known."""
+        return self.densities.faults
 
     def check_task(self, task: str) -> None:
         """Check that a task is there and not quarantined; reads nothing.
@@ -133,59 +144,36 @@ def open_generation(repertoire: Repertoire, number: int | None = None, *, router
     Args:
         repertoire: where it lies.
         number: of the generation.
-        routers: read all routers now, so that bad ones are among the faults; else each when it is first asked for.
+        routers: read all routers and densities now, so that bad ones are among the faults; else a router when its task
+            is first asked for, and the densities when a prompt is first located.
 
     Raises:
         RepertoireError: manifest or frame cannot be read; a fault of one task alone is recorded, not raised.
     """
     manifest = repertoire.manifest(number)
-    frames = {
-        ref.frame: repertoire.read_tensors(ref.frame, frame_shapes(manifest.base.width))
-        for ref in (manifest.locator, manifest.arrival)
-    }
 
     def read_mixture(name: str) -> Mixture:
         return _open_mixture(repertoire, manifest, manifest.task(name))
 
     mixtures: dict[str, Mixture] = {}
-    densities: list[tuple[Task, Weights, Weights]] = []
     faults: dict[str, RepertoireError] = {}
-    for task in manifest.tasks:
+    for name in manifest.task_names() if routers else ():
         try:
-            locator = _read_density(repertoire, manifest.locator, task.locator)
-            arrival = _read_density(repertoire, manifest.arrival, task.arrival)
-            if routers:
-                mixtures[task.name] = read_mixture(task.name)
-            densities.append((task, locator, arrival))
+            mixtures[name] = read_mixture(name)
         except RepertoireError as error:
-            faults[task.name] = error
-    on_demand = OnDemand((task.name for task, _, _ in densities), read_mixture)
+            faults[name] = error
+    densities = Densities(repertoire, manifest, faults)
+    if routers:
+        densities.locators()
     return Generation(
         manifest=manifest,
         template=PromptTemplate.parse(manifest.prompt_template),
-        locator=_locator(
-            manifest.locator, frames, [(task.name, tensors, task.locator) for task, tensors, _ in densities]
-        ),
-        arrival=_locator(
-            manifest.arrival, frames, [(task.name, tensors, task.arrival) for task, _, tensors in densities]
-        ),
-        mixtures=mixtures if routers else on_demand,
-        faults=faults,
+        densities=densities,
+        mixtures={name: mixture for name, mixture in mixtures.items() if name not in faults}
+        if routers
+        else OnDemand(manifest.task_names(), read_mixture),
         read_mixture=read_mixture,
     )
-
-
-def _read_density(repertoire: Repertoire, ref: LocatorRef, entry: LocatorEntry) -> Weights:
-    tensors = repertoire.read_tensors(entry.digest, density_shapes(ref.density))
-    if entry.prototype is not None:
-        tensors |= repertoire.read_tensors(entry.prototype, prototype_shapes())
-    return tensors
-
-
-def _locator(
-    ref: LocatorRef, frames: Mapping[str, Weights], entries: list[tuple[str, Weights, LocatorEntry]]
-) -> Locator:
-    return Locator(frames[ref.frame], entries, score=ref.score, density=ref.density, beta=ref.beta)
 
 
 def _open_mixture(repertoire: Repertoire, manifest: Manifest, task: Task) -> Mixture:
