@@ -23,6 +23,7 @@ from runtime.errors import (
     InvalidInputError,
 )
 from runtime.kernels.routing import top_k_weights
+from runtime.model.densities import Densities
 from runtime.model.density import vae_shapes
 from runtime.model.generation import Generation, open_generation
 from runtime.model.locator import Locator, pool
@@ -55,10 +56,21 @@ def noise(locator: Locator, size: int) -> torch.Tensor:
     return locator.frame["mean"] + locator.frame["deviation"] * features
 
 
+class Given(Densities):
+    """Densities that nobody reads."""
+
+    def __init__(self, locator: Locator) -> None:
+        self._pair = (locator, locator)
+        self.faults = {}
+
+    def locators(self) -> tuple[Locator, Locator]:
+        return self._pair
+
+
 def with_locator(generation: Generation, locator: Locator) -> Generation:
     reference = generation.manifest.locator.model_copy(update={"score": locator.score})
     manifest = generation.manifest.model_copy(update={"locator": reference})
-    return dataclasses.replace(generation, manifest=manifest, locator=locator)
+    return dataclasses.replace(generation, manifest=manifest, densities=Given(locator))
 
 
 @pytest.fixture
