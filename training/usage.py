@@ -36,7 +36,7 @@ def router_usage(base: BaseModel, ffns: Mapping[int, MixtureFFN], rows: Sequence
     with attached(base.model, ffns):
         for start in range(0, len(sample), batch_size):
             batch = collate(sample[start : start + batch_size], base.model.device)
-            base.model.model(input_ids=batch.ids, use_cache=False)
+            base.model.base_model(input_ids=batch.ids, use_cache=False)
             for layer, ffn in ffns.items():
                 sums[layer] += ffn.weights[batch.real.flatten()].sum(0).double().cpu()
     return {
