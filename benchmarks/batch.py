@@ -196,7 +196,8 @@ def main() -> None:
     for part in (1, 2, 3):
         killed_at(batch_command(arguments, source, resumed), resumed, report["shards"] * part // 4)
     run("the last of four parts", batch_command(arguments, source, resumed))
-    run("two workers", batch_command(arguments, source, on_ray, "--ray", "--ray-workers", "2"))
+    shared = ("--ray", "--ray-workers", "2", "--threads", str(max(1, arguments.threads // 2)))
+    run("two workers, who share the threads", batch_command(arguments, source, on_ray, *shared))
     result = {
         "rows": report["answered"],
         "tasks": len(report["tasks"]),

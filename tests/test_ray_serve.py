@@ -129,6 +129,7 @@ def _http_answers_too(cluster: Cluster) -> None:
     body = {"model": "red", "prompt": "aaaa", "max_tokens": 3}
     status, answer = cluster.post("/v1/completions", body)
     assert (status, answer["model"], answer["object"]) == (200, "red", "text_completion")
+    assert int(str(answer["created"])) > 1_700_000_000, "seconds since 1970"
     assert cluster.post("/v1/completions", {**body, "model": "purple"})[0] == 404
     assert cluster.post("/v1/completions", {**body, "n": 2})[0] == 400
 

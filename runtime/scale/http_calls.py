@@ -8,6 +8,7 @@ answer comes whole. Streams are had over gRPC, or from a server of one machine.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def answered(path: str, events: Sequence[pb.GenerateResponse]) -> dict[str, Any]
     location = Location(line=0, task=routing.task or None, how="located", margin=routing.margin)
     content = {"custom_id": "http", "url": path}
     body: dict[str, Any] = response(content, location, answer, routing.generation)["response"]["body"]
-    return {**body, "id": routing.request_id}
+    return {**body, "id": routing.request_id, "created": int(time.time())}
 
 
 def failed(status: Any) -> tuple[int, dict[str, Any]]:  # noqa: ANN401 - protobuf without types

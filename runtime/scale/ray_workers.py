@@ -7,6 +7,7 @@ shard is computed the same way everywhere, so it does not matter who did it, nor
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -63,6 +64,7 @@ class RayWorkers:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # whoever runs the job shows how far it is
         rows = [{"bundle": pickle.dumps(bundle)} for bundle in bundles]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             Worker,
