@@ -25,14 +25,16 @@ class ModelSession:
     Args:
         path: the graph.
         slots: expert slots of the batch, see `exporters.mixture_inputs`.
+        device: cpu, cuda, or auto: cuda where onnxruntime has it.
 
     Raises:
+        UnsupportedDeviceError: onnxruntime cannot run on this device.
         ExportMismatchError: onnxruntime does not take the file.
     """
 
-    def __init__(self, path: Path, slots: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, path: Path, slots: Mapping[str, torch.Tensor], *, device: str = "cpu") -> None:
         self._name = path.name
-        self._session = open_session(path)
+        self._session = open_session(path, device=device)
         self.start(slots)
 
     def start(self, slots: Mapping[str, torch.Tensor]) -> None:

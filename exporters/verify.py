@@ -7,9 +7,10 @@ such rows as not settled and they are left out; a full batch without a single se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import onnxruntime
 import torch
 
 from exporters.manifest import Check
-from runtime.errors import ExportMismatchError
+from runtime.errors import ExportMismatchError, InvalidInputError, UnsupportedDeviceError
 
 SIZES = (1, 2, 7, 64)
 """Rows per case, so that one row, an odd number and a full batch are all tried."""
@@ -103,19 +104,55 @@ class Tally:
         )
 
 
-def open_session(path: Path) -> Any:  # noqa: ANN401 - onnxruntime is not typed
-    """Open a file in onnxruntime on the CPU, one thread.
+PROVIDERS: Mapping[str, str] = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
+"""Device -> what onnxruntime calls it."""
+
+
+def session_providers(device: str, available: Collection[str] | None = None) -> list[str]:
+    """What a session is opened with: the device's provider, then the CPU's for operations that it lacks.
+
+    Args:
+        device: cpu, cuda, or auto: cuda where onnxruntime has it.
+        available: what this onnxruntime has; default: ask it.
 
     Raises:
+        InvalidInputError: another device.
+        UnsupportedDeviceError: onnxruntime has no provider for it.
+    """
+    if device not in ("auto", *PROVIDERS):
+        raise InvalidInputError("device", device, f"must be one of auto, {', '.join(PROVIDERS)}")
+    has = onnxruntime.get_available_providers() if available is None else available
+    if device == "auto":
+        device = "cuda" if PROVIDERS["cuda"] in has else "cpu"
+    if PROVIDERS[device] not in has:
+        raise UnsupportedDeviceError(
+            f"device {device}: this onnxruntime has {', '.join(has)}; {PROVIDERS[device]} comes with onnxruntime-gpu"
+        )
+    return list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
+
+
+def open_session(path: Path, *, device: str = "cpu") -> Any:  # noqa: ANN401 - onnxruntime is not typed
+    """Open a file in onnxruntime, one CPU thread.
+
+    Args:
+        path: the file.
+        device: see `session_providers`; files are always verified on the CPU.
+
+    Raises:
+        InvalidInputError, UnsupportedDeviceError: see `session_providers`; also where the provider does not load.
         ExportMismatchError: onnxruntime does not take the file.
     """
+    providers = session_providers(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:
         raise ExportMismatchError(f"{path.name}: onnxruntime does not take it: {error}") from error
+    if device == "cuda" and PROVIDERS["cuda"] not in session.get_providers():  # it falls back without a word
+        raise UnsupportedDeviceError(f"device cuda: onnxruntime has {PROVIDERS['cuda']}, but cannot load it here")
+    return session
 
 
 def verify(path: Path, cases: Iterable[Case]) -> tuple[Check, ...]:

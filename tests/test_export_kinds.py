@@ -23,9 +23,10 @@ from exporters.model_session import ModelSession
 from exporters.onnx_router import write_routers
 from exporters.options import Options
 from exporters.targets import export
+from exporters.verify import open_session, session_providers
 from greenroom.cli.export import export as export_command
 from runtime.engine.engine import Engine
-from runtime.errors import ExportMismatchError, InvalidInputError
+from runtime.errors import ExportMismatchError, InvalidInputError, UnsupportedDeviceError
 from runtime.model.generation import open_generation
 from runtime.model.manifest import TARGETS
 from runtime.model.mixture import weigh
@@ -282,3 +283,34 @@ def test_a_wrong_arrow_router_is_noticed(workshop: Workshop) -> None:
     workshop.publish("green", "1234", kind="arrow")
     with pytest.raises(ExportMismatchError):
         export(workshop.repertoire, "onnx-router", on_progress=sabotage(workshop.repertoire.root, "router_weights"))
+
+
+# ---- providers
+
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def test_cuda_is_chosen_where_onnxruntime_has_it_and_the_cpu_runs_what_it_lacks() -> None:
+    assert session_providers("auto", [CUDA, CPU]) == [CUDA, CPU]
+    assert session_providers("cuda", [CUDA, CPU]) == [CUDA, CPU]
+    assert session_providers("auto", [CPU]) == [CPU]
+    assert session_providers("cpu", [CUDA, CPU]) == [CPU]
+
+
+def test_a_provider_that_is_asked_for_and_missing_is_named() -> None:
+    with pytest.raises(UnsupportedDeviceError, match=r"device cuda: this onnxruntime has CPUEx.*onnxruntime-gpu"):
+        session_providers("cuda", [CPU])
+    with pytest.raises(InvalidInputError, match="device='tpu': must be one of auto, cpu, cuda"):
+        session_providers("tpu", [CPU])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is to be missing")
+def test_a_file_asked_to_run_on_cuda_says_that_it_cannot_and_runs_elsewhere_where_that_is_left_open(
+    workshop: Workshop,
+) -> None:
+    workshop.publish("red", "aaaa")
+    path = export(workshop.repertoire, "onnx-router").folder / "red.onnx"
+    with pytest.raises(UnsupportedDeviceError, match="device cuda: "):
+        open_session(path, device="cuda")
+    assert open_session(path, device="auto").get_providers()[-1] == CPU
