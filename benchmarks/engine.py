@@ -240,6 +240,7 @@ def main() -> None:
     cpu = next((line.split(":")[1].strip() for line in words if "model name" in line), "")
     profiles = {}
     child = Child("int8", options.folder, options.threads, "native")
+    starts["int8"] = child.start_s
     for workload in sorted({"W2", "W3", "W5b8", "W6"}.intersection(options.workloads)):
         child.say(f"warm {workload}")
         found = child.say(f"profile {workload}")

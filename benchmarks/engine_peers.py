@@ -41,8 +41,10 @@ class Peer:
 PEERS = (
     Peer("vllm-cpu", "bf16", 16, ("run_b_vllm.sh",), SINGLE),
     Peer("vllm-cpu", "bf16", 16, ("run_b_vllm.sh", "--nolora"), BASE),
-    Peer("llama.cpp", "q8_0", 8, ("{root}/a/bin/python", "peer_c_llamacpp.py"), (*SINGLE, *BASE)),
-    Peer("llama.cpp", "q4_0", 4, ("{root}/a/bin/python", "peer_c_llamacpp.py"), (*SINGLE, *BASE)),
+    Peer("llama.cpp", "q8_0", 8, ("{root}/a/bin/python", "peer_c_llamacpp.py"), SINGLE),
+    Peer("llama.cpp", "q8_0", 8, ("{root}/a/bin/python", "peer_c_llamacpp.py"), BASE),
+    Peer("llama.cpp", "q4_0", 4, ("{root}/a/bin/python", "peer_c_llamacpp.py"), SINGLE),
+    Peer("llama.cpp", "q4_0", 4, ("{root}/a/bin/python", "peer_c_llamacpp.py"), BASE),
     Peer("openvino-genai", "int8", 8, ("{root}/e/bin/python", "peer_e_openvino.py"), SINGLE),
     Peer("openvino-genai", "int8", 8, ("{root}/e/bin/python", "peer_e_openvino.py"), BASE),
     Peer("peft", "bf16", 16, ("{root}/a/bin/python", "peer_a_peft.py", "--mode", "mixed"), ("W3", "W4")),
