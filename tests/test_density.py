@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from runtime.model.density import (
     PROJECTED,
@@ -157,3 +158,15 @@ def test_a_whitened_frame_makes_the_reference_round_and_stays_when_tasks_come() 
     assert float(variances.max() / variances.min()) < 1.5
     assert torch.equal(projected[:, 64:], torch.zeros(2000, PROJECTED - 64))
     assert torch.equal(frame["projection"], make_frame(reference, seed=1, density="gaussian")["projection"])
+
+
+@pytest.mark.parametrize("width", [64, PROJECTED, 576])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_a_frame_of_any_width_can_be_saved(density: Density, width: int) -> None:
+    reference = torch.randn(300, width, generator=torch.Generator().manual_seed(3))
+    frame = make_frame(reference, seed=0, density=density)
+    assert {name: tensor.shape for name, tensor in load(save(frame)).items()} == {
+        "mean": (width,),
+        "deviation": (width,),
+        "projection": (width, PROJECTED),
+    }

@@ -95,7 +95,7 @@ def _whitening(normalised: torch.Tensor) -> torch.Tensor:
     level = values.sum() / PROJECTED
     shrunk = (1 - _REFERENCE_SHRINKAGE) * values + _REFERENCE_SHRINKAGE * level
     whitened = vectors * shrunk.clamp(min=_LEAST_DEVIATION).rsqrt()
-    return torch.nn.functional.pad(whitened, (0, PROJECTED - whitened.shape[1]))
+    return torch.nn.functional.pad(whitened, (0, PROJECTED - whitened.shape[1])).contiguous()
 
 
 def fit_entry(
