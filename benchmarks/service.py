@@ -40,6 +40,7 @@ from runtime.engine.step_model import load_dtype, make_step_model
 from runtime.model.base import load_base, resolve_base
 from runtime.model.generation import open_generation
 from runtime.service.guard import Guard
+from runtime.service.lifecycle import leave_to_the_end
 from runtime.service.server import Server
 
 NUM_TASKS = 8
@@ -62,6 +63,7 @@ class Serving:
         self._leave = asyncio.Event()
         port = await self._server.start()
         await self._server.wait_ready()
+        leave_to_the_end()
         self._bound.set_result(port)
         await self._leave.wait()
         await self._server.stop()
