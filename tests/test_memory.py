@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -67,8 +68,12 @@ class Signal:
             self._condition.notify_all()
 
     def wait_for(self, count: int) -> None:
+        self.wait_until(lambda: self._count >= count)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the end of a load can make true."""
         with self._condition:
-            assert self._condition.wait_for(lambda: self._count >= count, timeout=10)
+            assert self._condition.wait_for(condition, timeout=60)
 
 
 @pytest.fixture
@@ -302,7 +307,7 @@ def test_random_reservations_and_guesses_keep_the_sums_and_the_budget(seed: int,
         eviction=eviction,
         on_change=loaded,
         num_loaders=2,
-        clock=lambda: rng.random() * 20,
+        clock=random_clock(seed),
     )
     held: list[Reservation] = []
     guesses: list[Prefetch] = []
@@ -471,11 +476,22 @@ def test_precision_and_recall_follow_from_what_was_guessed_and_what_was_wanted(d
     memory.close()
 
 
+def is_loading(units: Mapping[int, State]) -> bool:
+    """Whether any unit is on its way."""
+    return State.LOADING in units.values()
+
+
+def random_clock(seed: int) -> Callable[[], float]:
+    """A clock that jumps; its numbers are its own, because loader threads ask it too."""
+    rng = random.Random(seed)
+    return lambda: rng.random() * 20
+
+
 class Chaos:
     """Random operations on one memory, one at a time."""
 
-    def __init__(self, memory: ExpertMemory, disk: Disk, rng: random.Random) -> None:
-        self.memory, self.disk, self.rng = memory, disk, rng
+    def __init__(self, memory: ExpertMemory, disk: Disk, loaded: Signal, rng: random.Random) -> None:
+        self.memory, self.disk, self.loaded, self.rng = memory, disk, loaded, rng
         self.held: list[Reservation] = []
         self.pins: list[Reservation] = []
         self.guesses: list[Prefetch] = []
@@ -517,6 +533,10 @@ class Chaos:
     def evict(self) -> None:
         self.memory.evict(self.some_digests(2))
 
+    def settle(self) -> None:
+        """Wait until nothing is on its way, so that what happens does not depend on how fast loader threads are."""
+        self.loaded.wait_until(lambda: not any(is_loading(row.units) for row in self.memory.residency()))
+
     def publish(self) -> None:
         """Some tasks are gone, what was bad may be good, and the other way round."""
         self.memory.retire_all_but(self.some_digests(6))
@@ -535,11 +555,11 @@ def test_ten_thousand_random_loads_evictions_pins_and_publishes_keep_every_sum(*
         num_loaders=2,
         floors={"gold": 2 * UNIT_BYTES, "silver": 3 * UNIT_BYTES},
         tier=slabs if on_device else None,
-        clock=lambda: rng.random() * 20,
+        clock=random_clock(8),
     )
-    chaos = Chaos(memory, disk, rng)
+    chaos = Chaos(memory, disk, loaded, rng)
     actions = [chaos.reserve] * 8 + [chaos.release] * 6 + [chaos.pin, chaos.unpin, chaos.guess, chaos.cancel]
-    actions += [chaos.evict, chaos.publish]
+    actions += [chaos.evict, chaos.publish, chaos.settle, chaos.settle]
     for _ in range(10_000):
         rng.choice(actions)()
         memory.check_integrity()
