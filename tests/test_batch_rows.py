@@ -142,6 +142,7 @@ def test_an_openai_request_becomes_a_prompt() -> None:
     assert (prompt.text, prompt.task, prompt.line) == ("Hello", "red", 3)
     assert prompt.sampling == SamplingParams(max_tokens=5, stop=(".",))
     assert prompt_of_request(3, request(model="greenroom"), GREEDY).task is None
+    assert prompt_of_request(3, request(model="greenroom:red"), GREEDY).task == "red"
     text = {**request(), "url": "/v1/completions", "body": {"model": "red", "prompt": "Once", "n": 1}}
     assert prompt_of_request(3, text, GREEDY).text == "Once"
 

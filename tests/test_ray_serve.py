@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -13,7 +12,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import openai
 import pytest
+from openai import OpenAI
 from ray_engines import ByWords, build_noted, follow_fast, tiny_flags
 from repertoires import Workshop
 
@@ -49,13 +50,14 @@ class Cluster:
         self.flags = tiny_flags(workshop.repertoire.root, base, max_running=4)
         self.grpc_port, self.http_port = free_port(), free_port()
 
-    def run(self) -> None:
+    def run(self, *, by_task: bool) -> None:
         run_application(
             partial(build_noted, self.flags, self.notes),
             partial(follow_fast, self.flags),
             ByWords,
             ClusterOptions(
                 replicas=2,
+                by_task=by_task,
                 told_every_s=0.5,
                 checked_every_s=0.5,
                 grpc_port=self.grpc_port,
@@ -63,20 +65,19 @@ class Cluster:
             ),
         )
 
-    def post(self, path: str, body: object) -> tuple[int, dict[str, object]]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.http_port}{path}", json.dumps(body).encode(), method="POST"
-        )
+    def get(self, path: str) -> int:
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return response.status, json.loads(response.read())
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=30) as response:
+                return int(response.status)
         except urllib.error.HTTPError as error:
             with error:
-                return error.code, json.loads(error.read())
+                return error.code
 
 
-@pytest.fixture
-def cluster(ray_address: str, three_tasks: Workshop, tiny_base_folder: Path, tmp_path: Path) -> Iterator[Cluster]:
+@pytest.fixture(params=[True])
+def cluster(
+    request: pytest.FixtureRequest, ray_address: str, three_tasks: Workshop, tiny_base_folder: Path, tmp_path: Path
+) -> Iterator[Cluster]:
     from ray import serve
 
     assert ray_address, "this process is connected"
@@ -84,7 +85,7 @@ def cluster(ray_address: str, three_tasks: Workshop, tiny_base_folder: Path, tmp
     notes.mkdir()
     try:
         cluster = Cluster(three_tasks, tiny_base_folder, notes)
-        cluster.run()
+        cluster.run(by_task=request.param)
         yield cluster
     finally:
         serve.shutdown()
@@ -94,21 +95,28 @@ def test_a_cluster_routes_by_task_survives_a_killed_replica_and_takes_new_genera
     cluster: Cluster, three_tasks: Workshop
 ) -> None:
     with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
-        _each_expert_is_read_by_one_replica(client)
+        assert _reads(client) == dict.fromkeys(TASKS, 1), "by one replica, and not by both"
         _answers_are_those_of_one_engine(client, three_tasks)
         _errors_keep_their_status(client)
-        _http_answers_too(cluster)
+        _http_answers_as_one_machine_does(cluster)
         three_tasks.publish("gold", "zz yy xx", rank=4)
         wait_until(lambda: all(_knows(client, "gold") for _ in range(6)))
         _a_killed_replica_costs_only_unavailable(cluster, client)
 
 
-def _each_expert_is_read_by_one_replica(client: Client) -> None:
+@pytest.mark.parametrize("cluster", [False], indirect=True)
+def test_taking_turns_reads_the_same_experts_in_both_replicas(cluster: Cluster) -> None:
+    with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
+        assert sum(_reads(client).values()) > len(TASKS), "routing by task reads each once"
+
+
+def _reads(client: Client) -> dict[str, int]:
+    """How many of some requests, one after the other, read experts from disk; per task."""
     reads = dict.fromkeys(TASKS, 0)
     for task in TASKS * 4:
         answer = client.generate(f"{task} x", task=task, max_tokens=2)
         reads[task] += any(use.bytes_read for use in answer.routing.experts)
-    assert reads == dict.fromkeys(TASKS, 1), "and not by both"
+    return reads
 
 
 def _answers_are_those_of_one_engine(client: Client, workshop: Workshop) -> None:
@@ -125,13 +133,23 @@ def _errors_keep_their_status(client: Client) -> None:
         client.generate("x", temperature=99.0)
 
 
-def _http_answers_too(cluster: Cluster) -> None:
-    body = {"model": "red", "prompt": "aaaa", "max_tokens": 3}
-    status, answer = cluster.post("/v1/completions", body)
-    assert (status, answer["model"], answer["object"]) == (200, "red", "text_completion")
-    assert int(str(answer["created"])) > 1_700_000_000, "seconds since 1970"
-    assert cluster.post("/v1/completions", {**body, "model": "purple"})[0] == 404
-    assert cluster.post("/v1/completions", {**body, "n": 2})[0] == 400
+def _http_answers_as_one_machine_does(cluster: Cluster) -> None:
+    with OpenAI(base_url=f"http://127.0.0.1:{cluster.http_port}/v1", api_key="none", max_retries=0) as client:
+        asked = {"model": "greenroom:red", "prompt": "aaaa", "max_tokens": 3}
+        whole = client.completions.create(**asked)
+        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+        assert chunks[-1].usage == whole.usage
+        assert len(chunks) > 3, "tokens come as they are made"
+        assert {model.id for model in client.models.list()} == {"greenroom", *(f"greenroom:{task}" for task in TASKS)}
+        located = client.chat.completions.create(model="greenroom", messages=[{"role": "user", "content": "aaaa"}], n=2)
+        assert len(located.choices) == 2
+        with pytest.raises(openai.NotFoundError, match="purple"):
+            client.completions.create(model="greenroom:purple", prompt="x")
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.completions.create(model="greenroom", prompt="x", temperature=99)
+    assert cluster.get("/metrics") == 404, "each replica has its own"
+    assert cluster.get("/ready") == 200
 
 
 def _knows(client: Client, task: str) -> bool:

@@ -2,9 +2,9 @@
 
 It knows nothing of HTTP.
 Read first: `/v1/chat/completions` with one user message and `/v1/completions` with one prompt are answered. `model`
-pins the task of that name; the repertoire's own name, "greenroom", lets the locator decide. Fields that would change
-the answer and that are not computed make the row bad; none is passed over. Times in responses are 0, so that the same
-input gives the same bytes.
+pins a task, as `greenroom:TASK` or by its name alone; the repertoire's own name, "greenroom", lets the locator decide.
+Fields that would change the answer and that are not computed make the row bad; none is passed over. Times in responses
+are 0, so that the same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def prompt_of_request(line: int, content: Content, sampling: Mapping[str, Any]) 
     if not isinstance(model, str) or not model:
         raise InvalidInputError("body.model", model, f"must be the name of a task, or {LOCATED_MODEL}")
     text = _message(body) if url == CHAT else _text(body)
-    return make_prompt(line, text, None if model == LOCATED_MODEL else model, {**sampling, **_sampling(body)})
+    task = None if model == LOCATED_MODEL else model.removeprefix(f"{LOCATED_MODEL}:")
+    return make_prompt(line, text, task, {**sampling, **_sampling(body)})
 
 
 def _envelope(content: Content) -> tuple[str, Content]:

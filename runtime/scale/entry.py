@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from google.rpc import status_pb2  # type: ignore[import-untyped]
+from starlette.responses import JSONResponse
 
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
-from runtime.errors import GreenroomError, InvalidInputError, UnavailableError
-from runtime.scale import http_calls
+from runtime.errors import GreenroomError, NotFoundError, UnavailableError
+from runtime.scale import http_relay
 from runtime.scale.frames import ERROR
+from runtime.service.http_failures import error_object
 from runtime.service.request_id import chosen_request_id, new_request_id
 from runtime.service.status import rich_status
 
@@ -56,7 +58,7 @@ class Entry:
     async def Generate(self, request: pb.GenerateRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802, ANN401
         """Answer over gRPC."""
         try:
-            async for frame in self._ask("generate", request, grpc_context.invocation_metadata()):
+            async for frame in self._frames("generate", request, grpc_context.invocation_metadata()):
                 yield pb.GenerateResponse.FromString(frame)
         except FailedCall as failed:
             raise _ended(grpc_context, failed) from None
@@ -74,52 +76,60 @@ class Entry:
         return pb.DescribeResponse.FromString(await self._ask_once("describe", request, grpc_context))
 
     async def __call__(self, request: Any) -> Any:  # noqa: ANN401 - Starlette's
-        """Answer an OpenAI completion over HTTP, whole."""
-        from starlette.responses import JSONResponse
-
+        """Answer over HTTP as the server of one machine does, from a replica."""
+        path, body = request.url.path, await request.body()
+        if not http_relay.is_served(path):
+            return _http_failure(NotFoundError(f"no such path in a cluster: {path[:200]}"))
+        task, prompt = http_relay.hint_of(path, body)
+        if task is None and prompt is not None:
+            task = await asyncio.to_thread(self._task_of, prompt)
+        messages = self._ask("http", http_relay.carried(request.scope), body, task=task)
         try:
-            asked = http_calls.generate_request(request.method, request.url.path, await request.body())
-            frames = [frame async for frame in self._ask("generate", asked, ())]
-        except (FailedCall, GreenroomError) as error:
-            status = error.status if isinstance(error, FailedCall) else rich_status(error, new_request_id())
-            code, body = http_calls.failed(status)
-            return JSONResponse(body, status_code=code)
-        events = [pb.GenerateResponse.FromString(frame) for frame in frames]
-        return JSONResponse(http_calls.answered(request.url.path, events))
+            first = await anext(messages)
+        except UnavailableError as error:
+            return _http_failure(error)
+        return http_relay.Relayed(first, messages, lambda error: error_object(error)[1])
 
     async def _ask_once(self, method: str, request: Any, grpc_context: Any) -> bytes:  # noqa: ANN401
         try:
-            frames = [frame async for frame in self._ask(method, request, grpc_context.invocation_metadata())]
+            frames = [frame async for frame in self._frames(method, request, grpc_context.invocation_metadata())]
         except FailedCall as failed:
             raise _ended(grpc_context, failed) from None
         return frames[-1]
 
-    async def _ask(self, method: str, request: Any, metadata: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
+    async def _frames(self, method: str, request: Any, metadata: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
         """Messages of an answer, in order.
 
         Raises:
             FailedCall: with what the replica said, or UNAVAILABLE where it could say nothing.
         """
+        request_id = new_request_id()
         try:
-            request_id = chosen_request_id(request, metadata) or new_request_id()
-        except InvalidInputError as error:
-            raise FailedCall(rich_status(error, new_request_id())) from error
-        task = await self._wanted(request)
+            request_id = chosen_request_id(request, metadata) or request_id
+            task = await self._wanted(request)
+            async for frame in self._ask(method, request.SerializeToString(), request_id=request_id, task=task):
+                yield _message(frame)
+        except GreenroomError as error:
+            raise FailedCall(rich_status(error, request_id)) from error
+
+    async def _ask(self, method: str, *asked: Any, task: str | None, **named: Any) -> AsyncIterator[Any]:  # noqa: ANN401
+        """What a replica yields.
+
+        Raises:
+            UnavailableError: every replica that was tried was lost, or one after its first frame.
+        """
         for attempt in range(1, ATTEMPTS + 1):
             begun = False
+            frames = getattr(self._replicas, method).remote(*asked, task=task, **named)
             try:
-                call = getattr(self._replicas, method)
-                async for frame in call.remote(request.SerializeToString(), request_id=request_id, task=task):
+                async for frame in frames:
                     begun = True
-                    yield _message(frame)
-            except FailedCall:
-                raise
+                    yield frame
             except Exception as error:
                 # Ray tells a dead replica by several classes; what a replica itself cannot do comes as a frame.
-                _log.warning("request %s: attempt %d: %s", request_id, attempt, type(error).__name__)
+                _log.warning("%s: attempt %d: %s", method, attempt, type(error).__name__)
                 if begun or attempt == ATTEMPTS:
-                    lost = UnavailableError("the replica that answered was lost")
-                    raise FailedCall(rich_status(lost, request_id)) from error
+                    raise UnavailableError("the replica that answered was lost") from error
             else:
                 return
 
@@ -139,6 +149,11 @@ def _message(frame: bytes) -> bytes:
     if frame[:1] == ERROR:
         raise FailedCall(status_pb2.Status.FromString(frame[1:]))
     return frame[1:]
+
+
+def _http_failure(error: GreenroomError) -> JSONResponse:
+    status, body = error_object(error)
+    return JSONResponse(body, status_code=status)
 
 
 def _ended(grpc_context: Any, failed: FailedCall) -> RuntimeError:  # noqa: ANN401

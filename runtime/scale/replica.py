@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from greenroom.pb.greenroom.v1 import greenroom_pb2 as pb
 from runtime.engine.request import Finished, Located
 from runtime.errors import GreenroomError, InvalidInputError
+from runtime.scale import http_relay
 from runtime.scale.frames import ERROR, MESSAGE, RESIDENT
 from runtime.service import convert, replies
 from runtime.service.status import rich_status
@@ -46,12 +47,17 @@ class Replica:
         self, build: Callable[[], Engine], follow: Callable[[Engine], Follower], *, num_threads: int = 4
     ) -> None:
         from runtime.service.answers import Answers
+        from runtime.service.guard import Guard
+        from runtime.service.http_app import MAX_BODY_BYTES, app_over
+        from runtime.service.models import DEFAULT_NAME, Models
 
         self._engine = build()
         self._engine.start()
         self._follower = follow(self._engine)
         self._follower.start()
         self._answers = Answers(self._engine, num_threads=num_threads)
+        models = Models(self._engine, self._answers, name=DEFAULT_NAME, is_ready=lambda: True)
+        self._app = app_over(self._engine, models, self._answers, Guard(), max_body_bytes=MAX_BODY_BYTES)
 
     async def generate(self, data: bytes, *, request_id: str, task: str | None = None) -> AsyncIterator[bytes]:
         """Answer a serialised `GenerateRequest`.
@@ -119,6 +125,12 @@ class Replica:
         assert isinstance(located, Located), "a request that did not fail is located"
         assert isinstance(finished, Finished), "a request that did not fail ends"
         return located, finished
+
+    async def http(self, scope: http_relay.Message, body: bytes, *, task: str | None = None) -> AsyncIterator[Any]:
+        """Answer an HTTP request with ASGI messages; `task` as of `generate`."""
+        del task
+        async for message in http_relay.run(self._app, scope, body):
+            yield message
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router wants to know: the tasks whose whole visible set is in memory, and how much was read."""

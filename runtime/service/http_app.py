@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -23,15 +24,35 @@ from runtime.service.metrics import CONTENT_TYPE
 from runtime.service.openai_body import ChatBody, CompletionBody
 from runtime.service.openai_calls import OpenAICalls
 from runtime.service.page import page_response
+from runtime.service.page_status import page_status
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from runtime.engine.engine import Engine
+    from runtime.service.answers import Answers
     from runtime.service.guard import Guard
     from runtime.service.http_exchange import Exchange
     from runtime.service.models import Models
 
     Status = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def app_over(engine: Engine, models: Models, answers: Answers, guard: Guard, *, max_body_bytes: int) -> FastAPI:
+    """The application that one engine answers.
+
+    Args:
+        engine: tells the page of itself.
+        models: that may be named.
+        answers: over the engine.
+        guard: surrounds what asks the engine for something.
+        max_body_bytes: a longer request is refused.
+    """
+    calls = HttpCalls(guard, max_body_bytes=max_body_bytes)
+    status = partial(page_status, engine, models, answers)
+    return make_app(calls, OpenAICalls(answers, models), models, guard, status)
 
 
 def make_app(calls: HttpCalls, openai: OpenAICalls, models: Models, guard: Guard, status: Status) -> FastAPI:

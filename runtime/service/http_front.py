@@ -12,16 +12,12 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from runtime.errors import InvalidInputError
-from runtime.service.http_app import make_app
-from runtime.service.http_calls import HttpCalls
-from runtime.service.openai_calls import OpenAICalls
-from runtime.service.page_status import page_status
+from runtime.service.http_app import MAX_BODY_BYTES, app_over
 
 if TYPE_CHECKING:
     from runtime.service.guard import Guard
@@ -53,12 +49,10 @@ class HttpFront:
         host: str,
         port: int,
         tls: TlsFiles | None = None,
-        max_body_bytes: int = 16 * 1024 * 1024,
+        max_body_bytes: int = MAX_BODY_BYTES,
         max_connections: int = 1024,
     ) -> None:
-        calls = HttpCalls(guard, max_body_bytes=max_body_bytes)
-        status = partial(page_status, server.engine, server.models, server.answers)
-        app = make_app(calls, OpenAICalls(server.answers, server.models), server.models, guard, status)
+        app = app_over(server.engine, server.models, server.answers, guard, max_body_bytes=max_body_bytes)
         self._scheme = "http" if tls is None else "https"
         self._host = host
         self.port = port
