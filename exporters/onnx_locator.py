@@ -74,6 +74,15 @@ _ERRORS = {
 """,
 }
 
+_BACKGROUND = """
+    background_offset = Sub(projected, background_mean)
+    background_square = Mul(background_offset, background_offset)
+    background_length = MatMul(background_square, background_precision)
+    background_sum = Add(background_length, background_volume)
+    background_error = Div(background_sum, num_features)
+    errors = Sub(task_errors, background_error)
+"""
+
 _SCORES = {
     "raw": """
     scores = Identity(errors)
@@ -144,13 +153,19 @@ def _graph(locator: Locator) -> str:
     outputs = f"float[B, {num_tasks}] errors, float[B, {num_tasks}] scores, int64[B] task, float[B] margin"
     decision = _DECISION % min(2, num_tasks)
     margin = _MARGIN["rivals" if num_tasks > 1 else "no rival"]
-    body = _PROJECT + _ERRORS[locator.density] + _SCORES[locator.score] + decision + margin
+    errors = _ERRORS[locator.density]
+    if locator.background is not None:
+        errors = errors.replace("    errors = ", "    task_errors = ") + _BACKGROUND
+    body = _PROJECT + errors + _SCORES[locator.score] + decision + margin
     return f"locator (float[B, {width}] features) => ({outputs}) {{{body}}}"
 
 
 def _tensors(locator: Locator) -> dict[str, torch.Tensor]:
     tensors = {f"frame_{name}": tensor for name, tensor in locator.frame.items()}
     tensors |= _density_tensors(locator)
+    if locator.background is not None:
+        tensors |= {f"background_{name}": tensor for name, tensor in locator.background.items()}
+        tensors["background_precision"] = locator.background["precision"].unsqueeze(1)  # [256, 1]
     tensors["threshold"] = locator.thresholds
     if locator.score != "raw":
         tensors |= {"error_mean": locator.means, "error_sd": locator.deviations}

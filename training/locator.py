@@ -18,6 +18,8 @@ from runtime.model.density import (
     LATENT,
     PROJECTED,
     RANK,
+    Weights,
+    background_error,
     decode,
     encode,
     raw_error,
@@ -30,7 +32,9 @@ from training.config import TrainingConfig
 _LEAST_EXAMPLES = 8
 _LEAST_DEVIATION = 1e-6
 _REFERENCE_SHRINKAGE = 0.3  # a few hundred reference prompts know their leading directions only
-_TASK_SHRINKAGE = 0.3  # a hundred prompts of a task know less than the reference in most directions
+_TASK_SHRINKAGE = 0.5  # a hundred prompts of a task know less than the reference in most directions
+_BACKGROUND_SHRINKAGE = 0.3
+_FOLDS = 5
 _TOWARDS_OUTSIDE = 0.25
 
 
@@ -98,6 +102,28 @@ def _whitening(normalised: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(whitened, (0, PROJECTED - whitened.shape[1])).contiguous()
 
 
+def make_background(frame: dict[str, torch.Tensor], reference: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What prompts in general look like, fixed for the life of a repertoire: a Gaussian of the reference (ours).
+
+    The frame's axes are principal ones of the reference, so its dimensions are independent; each variance is drawn
+    towards 1, `v = (1 - s) var + s`, s = `_BACKGROUND_SHRINKAGE`, as those of tasks are.
+
+    Args:
+        frame: as made by `make_frame` for a Gaussian density.
+        reference: [B, D] features of prompts of no task.
+
+    Returns:
+        tensors as in `background_shapes`, float32.
+    """
+    projected = project(frame, reference).double()
+    variances = (1 - _BACKGROUND_SHRINKAGE) * projected.var(0) + _BACKGROUND_SHRINKAGE
+    return {
+        "mean": projected.mean(0).float(),
+        "precision": (1 / variances).float(),
+        "volume": variances.log().sum().reshape(1).float(),
+    }
+
+
 def fit_entry(
     frame: dict[str, torch.Tensor],
     own: torch.Tensor,
@@ -106,13 +132,15 @@ def fit_entry(
     *,
     density: Density,
     seed: int,
+    background: Weights | None = None,
 ) -> Entry:
     """Fit the density of one task and calibrate its error.
 
     A VAE minimises `|F - F'|^2 + beta * KL(q(z|F) || N(0, 1))` per prompt (paper), by full-batch AdamW with a falling
     rate (ours). A "gaussian" is the mean of the task's features, its covariance is in the frame; "low_rank" is a
-    Gaussian with a covariance of its own (both ours). A share of the prompts never fits the density and gives mean, sd
-    and threshold of the raw error; see `calibrate`.
+    Gaussian with a covariance of its own (both ours). Mean, sd and threshold are those of the raw error of prompts that
+    did not fit it, see `calibrate`: of a VAE, a share of the prompts never does; a Gaussian is fitted to four fifths of
+    them in turn, so that each is held out once, and in the end to all.
 
     Args:
         frame: as made by `make_frame` for this density.
@@ -121,6 +149,7 @@ def fit_entry(
         config: the fields `locator_*`.
         density: what to fit.
         seed: of split, start and noise.
+        background: as made by `make_background`, where the repertoire has one.
 
     Raises:
         InvalidInputError: fewer than 8 prompts.
@@ -130,18 +159,41 @@ def fit_entry(
     generator = torch.Generator().manual_seed(seed)
     projected = project(frame, own)  # [B, 256]
     order = torch.randperm(len(projected), generator=generator)
-    num_held_out = min(max(2, round(config.locator_held_out * len(order))), len(order) - 2)
-    held_out, training = projected[order[:num_held_out]], projected[order[num_held_out:]]
-    prototype = training.mean(0)
+    allowed = config.locator_false_abstain
+    outside = project(frame, reference)
     if density == "vae":
-        stacked = _fit(training, config, generator)
-        tensors = {name: tensor[0].contiguous() for name, tensor in stacked.items()}
+        num_held_out = min(max(2, round(config.locator_held_out * len(order))), len(order) - 2)
+        training = projected[order[num_held_out:]]
+        tensors = {name: tensor[0].contiguous() for name, tensor in _fit(training, config, generator).items()}
+        held_out = _errors("vae", tensors, projected[order[:num_held_out]], background)
     else:
-        tensors = {"mean": prototype} if density == "gaussian" else low_rank_gaussian(training)
+        training = projected
+        tensors = _gaussian(density, projected)
+        held_out = torch.cat(
+            [_held_out_errors(density, projected, order[i::_FOLDS], background) for i in range(_FOLDS)]
+        )
+    found = calibrate(held_out, _errors(density, tensors, outside, background), false_abstain=allowed)
+    return Entry(tensors, training.mean(0), found)
+
+
+def _gaussian(density: Density, projected: torch.Tensor) -> dict[str, torch.Tensor]:
+    return low_rank_gaussian(projected) if density == "low_rank" else {"mean": projected.mean(0)}
+
+
+def _held_out_errors(
+    density: Density, projected: torch.Tensor, chosen: torch.Tensor, background: Weights | None
+) -> torch.Tensor:
+    """Errors of the rows `chosen` under the density of all others."""
+    rest = torch.ones(len(projected), dtype=torch.bool)
+    rest[chosen] = False
+    return _errors(density, _gaussian(density, projected[rest]), projected[chosen], background)
+
+
+def _errors(density: Density, tensors: Weights, projected: torch.Tensor, background: Weights | None) -> torch.Tensor:
+    """Raw errors of one density, as the locator computes them: [B, 256] -> [B]."""
     stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
-    errors = raw_error(density, stacked, held_out)[:, 0]
-    outside = raw_error(density, stacked, project(frame, reference))[:, 0]
-    return Entry(tensors, prototype, calibrate(errors, outside, false_abstain=config.locator_false_abstain))
+    errors = raw_error(density, stacked, projected)
+    return (errors if background is None else errors - background_error(background, projected))[:, 0]
 
 
 def low_rank_gaussian(projected: torch.Tensor) -> dict[str, torch.Tensor]:

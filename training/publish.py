@@ -124,7 +124,7 @@ def publish_task(
     current, sights = ground.current, (ground.locator, ground.arrival)
     seen = [see_task(base, task.prompts, sight, config, task.name) for sight in sights]
     router_blob = save({name: tensor.contiguous() for name, tensor in task.router.items()})
-    frame_blobs = [save(sight.frame) for sight in sights]
+    frame_blobs = [blob for sight in sights for blob in sight.blobs()]
     held_sets = current.experts if current else ()
     entry = Task(
         name=task.name,

@@ -16,14 +16,14 @@ from safetensors.torch import save
 
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
-from runtime.model.density import PROJECTED, density_shapes
+from runtime.model.density import PROJECTED, background_shapes, density_shapes
 from runtime.model.locator import frame_shapes
 from runtime.model.manifest import LocatorEntry, LocatorRef
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
 from training.config import TrainingConfig
 from training.features import features
-from training.locator import Calibration, fit_entry, make_frame
+from training.locator import Calibration, fit_entry, make_background, make_frame
 from training.reference_prompts import reference_prompts
 from training.seeds import seed_for
 
@@ -34,11 +34,16 @@ _FAR = 1e4
 
 @dataclass(frozen=True)
 class Sight:
-    """One way to look at prompts: what the manifest says of it, the frame, and the reference prompts seen so."""
+    """One way to look at prompts: what the manifest says of it, its tensors, and the reference prompts seen so."""
 
     ref: LocatorRef
     frame: Tensors
+    background: Tensors | None
     reference: torch.Tensor  # [M, D]
+
+    def blobs(self) -> tuple[bytes, ...]:
+        """Those that `ref` names."""
+        return tuple(save(tensors) for tensors in (self.frame, self.background) if tensors is not None)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[str, int
     reference = _reference_features(base, template, layer, last=kind == "residual_last")
     seed = seed_for(config.seed, "frame", str(layer))
     frame = make_frame(reference, seed=seed, density=config.locator_density)
+    background = make_background(frame, reference) if config.locator_density != "vae" else None
     ref = LocatorRef(
         frame=sha256(save(frame)),
         feature=kind,  # type: ignore[arg-type]
@@ -79,14 +85,17 @@ def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[str, int
         score=config.locator_score,
         density=config.locator_density,
         beta=config.locator_beta,
+        background=sha256(save(background)) if background is not None else None,
     )
-    return Sight(ref, frame, reference)
+    return Sight(ref, frame, background, reference)
 
 
 def sight_of(repertoire: Repertoire, base: BaseModel, template: PromptTemplate, ref: LocatorRef) -> Sight:
     """A sight that a repertoire has."""
     frame = repertoire.read_tensors(ref.frame, frame_shapes(base.info.width))
-    return Sight(ref, frame, _reference_features(base, template, ref.layer, last=ref.feature == "residual_last"))
+    background = repertoire.read_tensors(ref.background, background_shapes()) if ref.background else None
+    reference = _reference_features(base, template, ref.layer, last=ref.feature == "residual_last")
+    return Sight(ref, frame, background, reference)
 
 
 def see_task(
@@ -98,7 +107,9 @@ def see_task(
         return _unlocatable(ref)
     own = features(base, prompts, ref.layer, last=ref.feature == "residual_last")
     seed = seed_for(config.seed, name, "density", str(ref.layer))
-    fitted = fit_entry(sight.frame, own, sight.reference, config, density=ref.density, seed=seed)
+    fitted = fit_entry(
+        sight.frame, own, sight.reference, config, density=ref.density, seed=seed, background=sight.background
+    )
     return _entry(ref, fitted.tensors, fitted.prototype, fitted.calibration)
 
 

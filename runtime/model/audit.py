@@ -19,7 +19,7 @@ from runtime.errors import (
     RepertoireError,
     TensorMismatchError,
 )
-from runtime.model.density import density_shapes, prototype_shapes
+from runtime.model.density import background_shapes, density_shapes, prototype_shapes
 from runtime.model.digest import sha256_of_file
 from runtime.model.hyper_sets import stored_shapes
 from runtime.model.locator import frame_shapes
@@ -127,6 +127,9 @@ def _checks(manifest: Manifest) -> Iterator[_Check]:
     width = manifest.base.width
     yield _Check("locator frame", manifest.locator.frame, frame_shapes(width))
     yield _Check("arrival frame", manifest.arrival.frame, frame_shapes(width))
+    for name, shared in (("locator", manifest.locator), ("arrival", manifest.arrival)):
+        if shared.background is not None:
+            yield _Check(f"{name} background", shared.background, background_shapes())
     for entry in manifest.experts:
         yield _Check(f"{entry.task}: experts", entry.digest, entry)
     for task in manifest.tasks:

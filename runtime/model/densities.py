@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from threading import Lock, Thread
 
 from runtime.errors import RepertoireError
-from runtime.model.density import Weights, density_shapes, prototype_shapes
+from runtime.model.density import Weights, background_shapes, density_shapes, prototype_shapes
 from runtime.model.locator import Locator, frame_shapes
 from runtime.model.manifest import LocatorEntry, LocatorRef, Manifest, Task
 from runtime.model.repertoire import Repertoire
@@ -26,7 +26,7 @@ class Densities:
         faults: tasks that are never located, and why; those whose density cannot be read are added.
 
     Raises:
-        RepertoireError: a frame, without which nothing can be located, cannot be read.
+        RepertoireError: a frame or background, without which nothing can be located, cannot be read.
     """
 
     def __init__(self, repertoire: Repertoire, manifest: Manifest, faults: dict[str, RepertoireError]) -> None:
@@ -35,6 +35,11 @@ class Densities:
         self._frames = {
             ref.frame: repertoire.read_tensors(ref.frame, frame_shapes(manifest.base.width))
             for ref in (manifest.locator, manifest.arrival)
+        }
+        self._backgrounds = {
+            ref.background: repertoire.read_tensors(ref.background, background_shapes())
+            for ref in (manifest.locator, manifest.arrival)
+            if ref.background is not None
         }
         self._lock = Lock()
         self._made: tuple[Locator, Locator] | None = None
@@ -78,4 +83,12 @@ class Densities:
 
     def _stack(self, ref: LocatorRef, found: Mapping[str, tuple[Weights, LocatorEntry]]) -> Locator:
         entries = [(name, tensors, entry) for name, (tensors, entry) in found.items()]
-        return Locator(self._frames[ref.frame], entries, score=ref.score, density=ref.density, beta=ref.beta)
+        background = None if ref.background is None else self._backgrounds[ref.background]
+        return Locator(
+            self._frames[ref.frame],
+            entries,
+            score=ref.score,
+            density=ref.density,
+            beta=ref.beta,
+            background=background,
+        )

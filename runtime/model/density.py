@@ -52,6 +52,14 @@ def low_rank_shapes() -> dict[str, tuple[int, ...]]:
     return {"mean": (PROJECTED,), "directions": (RANK, PROJECTED), "gains": (RANK,), "precision": (1,), "volume": (1,)}
 
 
+def background_shapes() -> dict[str, tuple[int, ...]]:
+    """Tensors of the background: a Gaussian with independent dimensions.
+
+    Its mean; as precision, 1/variance of each dimension; as volume, the log-determinant.
+    """
+    return {"mean": (PROJECTED,), "precision": (PROJECTED,), "volume": (1,)}
+
+
 def density_shapes(density: Density) -> dict[str, tuple[int, ...]]:
     """Tensors of one task's density."""
     return {"vae": vae_shapes, "gaussian": prototype_shapes, "low_rank": low_rank_shapes}[density]()
@@ -132,6 +140,18 @@ def surprise(weights: Weights, projected: torch.Tensor) -> torch.Tensor:
     distance = PROJECTED * squared_distance(means, projected) * weights["precision"][:, 0]
     total: torch.Tensor = distance - inside + weights["volume"][:, 0]
     return total / PROJECTED
+
+
+def background_error(background: Weights, projected: torch.Tensor) -> torch.Tensor:
+    """`b = (sum_i precision_i * (F_i - m_i)^2 + log det) / 256`: [B, 256] -> [B, 1].
+
+    In the unit of `surprise`, so that `surprise - b` is twice the log of how much likelier the prompt is among prompts
+    in general than among those of the task, over 256: a likelihood ratio (ours; Ren et al., arXiv 2106.09022, do so
+    with Mahalanobis distances). What makes a prompt unusual wherever it comes from drops out of it.
+    """
+    distance = (projected - background["mean"]).square() @ background["precision"].unsqueeze(1)
+    total: torch.Tensor = (distance + background["volume"]) / PROJECTED
+    return total
 
 
 def _reconstruct(weights: Weights, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

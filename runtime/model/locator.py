@@ -2,8 +2,9 @@
 
 It knows nothing of how densities are trained (`training.locator`) nor of what a located task entails.
 Read first: one small density per task models the features of that task's prompts, and the task that explains a prompt
-best wins. Adding a task adds an entry and moves nothing older, because the frame (normalisation and projection) is
-fixed when a repertoire is created. Beyond `nearest` tasks only those with the nearest prototypes are asked.
+best wins, unless the background, prompts in general, explains it nearly as well. Adding a task adds an entry and moves
+nothing older, because the frame (normalisation and projection) and the background are fixed when a repertoire is
+created. Beyond `nearest` tasks only those with the nearest prototypes are asked.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from runtime.model.density import (
     LATENT,
     PROJECTED,
     Weights,
+    background_error,
     decode,
     negative_elbo,
     pack,
@@ -77,6 +79,7 @@ class Locator:
             wide VAE.
         density: what the tensors are.
         beta: weight of the KL term in "neg_elbo".
+        background: tensors as in `background_shapes`; None takes errors as the densities give them.
         nearest: at most so many densities run for one prompt; with more tasks, those with the nearest prototypes.
     """
 
@@ -88,6 +91,7 @@ class Locator:
         score: Score,
         density: Density = "vae",
         beta: float = 1.0,
+        background: Weights | None = None,
         nearest: int = NEAREST,
     ) -> None:
         self.frame = frame
@@ -95,6 +99,7 @@ class Locator:
         self.score = score
         self.density = density
         self.beta = beta
+        self.background = background
         self.nearest = nearest
         self.means = torch.tensor([entry.mean for _, _, entry in entries])
         self.deviations = torch.tensor([entry.sd for _, _, entry in entries])
@@ -110,8 +115,8 @@ class Locator:
         return other
 
     def errors(self, features: torch.Tensor) -> torch.Tensor:
-        """Raw errors of all tasks: [B, D] -> [B, N]; see `runtime.model.density.raw_error`."""
-        return raw_error(self.density, self.stacked, project(self.frame, features))
+        """Raw errors of all tasks: [B, D] -> [B, N], `raw_error` less that of the background where there is one."""
+        return self._errors(self.stacked, project(self.frame, features))
 
     def scores(self, errors: torch.Tensor) -> torch.Tensor:
         """Raw errors of all tasks -> comparable scores, [B, N]; lower is nearer. Not for "neg_elbo", which needs more.
@@ -145,10 +150,14 @@ class Locator:
 
     def _ask(self, weights: Weights, projected: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and raw errors [B, M] of the tasks `asked`, whose tensors are `weights`."""
-        errors = raw_error(self.density, weights, projected)
+        errors = self._errors(weights, projected)
         if self.score == "neg_elbo":
             return negative_elbo(weights, projected, self.beta), errors
         return self._compare(errors, asked), errors
+
+    def _errors(self, weights: Weights, projected: torch.Tensor) -> torch.Tensor:
+        errors = raw_error(self.density, weights, projected)
+        return errors if self.background is None else errors - background_error(self.background, projected)
 
     def _compare(self, errors: torch.Tensor, asked: torch.Tensor | slice) -> torch.Tensor:
         if self.score == "raw":

@@ -98,7 +98,8 @@ class LocatorRef(Record):
 
     `layer` says where the residual stream is read: what enters that layer; layer 0 is entered by the token embeddings,
     and layer L is what leaves the last one. `residual_last` is its value at the prompt's last token, `residual_mean`
-    its mean over the prompt. `beta` weighs the KL term of the score "neg_elbo".
+    its mean over the prompt. `beta` weighs the KL term of the score "neg_elbo". `background` names the density of
+    prompts in general, whose error every task's is taken against; null takes errors as they are.
     """
 
     frame: Digest
@@ -107,12 +108,19 @@ class LocatorRef(Record):
     score: Score
     density: Density = "vae"
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    background: Digest | None = None
 
     @model_validator(mode="after")
-    def _score_fits_the_density(self) -> Self:
+    def _fits_the_density(self) -> Self:
         if self.score == "neg_elbo" and self.density != "vae":
             raise ValueError(f"score=neg_elbo: the density must be vae, not {self.density}")
+        if self.background is not None and self.density == "vae":
+            raise ValueError("background: errors of a vae are not likelihoods, so nothing can be taken from them")
         return self
+
+    def blob_digests(self) -> frozenset[str]:
+        """The blobs that all tasks share."""
+        return frozenset({self.frame} | ({self.background} if self.background else set()))
 
 
 class HyperRef(Record):
@@ -259,7 +267,8 @@ class Manifest(Record):
 
     def blob_digests(self) -> frozenset[str]:
         """All blobs that this generation needs."""
-        digests = {self.locator.frame, self.arrival.frame, *(expert_set.digest for expert_set in self.experts)}
+        digests = {*self.locator.blob_digests(), *self.arrival.blob_digests()}
+        digests.update(expert_set.digest for expert_set in self.experts)
         for task in self.tasks:
             digests.add(task.router.digest)
             for entry in (task.locator, task.arrival):
