@@ -8,6 +8,7 @@ from safetensors.torch import load, save
 
 from runtime.model.density import (
     PROJECTED,
+    background_error,
     density_shapes,
     encode,
     negative_elbo,
@@ -20,7 +21,7 @@ from runtime.model.density import (
 )
 from runtime.model.locator import Locator, project
 from runtime.model.manifest import Density, LocatorEntry, Score
-from training.locator import low_rank_gaussian, make_frame
+from training.locator import low_rank_gaussian, make_background, make_frame
 
 WIDTH = 300
 DENSITIES: tuple[Density, ...] = ("vae", "gaussian", "low_rank")
@@ -80,6 +81,61 @@ def test_a_low_rank_gaussian_is_the_log_likelihood_of_its_covariance() -> None:
     wanted = (-2 * normal.log_prob(asked.double()) - constant) / PROJECTED
     found = raw_error("low_rank", {name: t.unsqueeze(0) for name, t in tensors.items()}, asked)[:, 0]
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def contrasted(locator: Locator, background: dict[str, torch.Tensor], threshold: float) -> Locator:
+    record = LocatorEntry(digest="0" * 64, mean=0.0, sd=1.0, threshold=threshold)
+    tensors = [{name: t[i] for name, t in locator.stacked.items()} for i in range(len(locator.tasks))]
+    entries = [(task, one, record) for task, one in zip(locator.tasks, tensors, strict=True)]
+    return Locator(locator.frame, entries, score="raw", density=locator.density, background=background)
+
+
+def test_the_background_is_the_log_likelihood_of_independent_dimensions() -> None:
+    reference = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 5, 64)
+    frame = make_frame(reference, seed=0, density="low_rank")
+    background = make_background(frame, reference)
+    spread = background["precision"].double().rsqrt()
+    normal = torch.distributions.Normal(background["mean"].double(), spread)
+    asked = points(5, 3)
+    constant = PROJECTED * torch.log(torch.tensor(2 * torch.pi))
+    wanted = (-2 * normal.log_prob(asked.double()).sum(1, keepdim=True) - constant) / PROJECTED
+    torch.testing.assert_close(background_error(background, asked).double(), wanted, rtol=1e-4, atol=1e-4)
+    projected = project(frame, reference)
+    torch.testing.assert_close(background["mean"], projected.mean(0), rtol=0, atol=1e-4)
+    assert float((1 / background["precision"]).max()) < 1.5
+
+
+@pytest.mark.parametrize("density", ["gaussian", "low_rank"])
+def test_against_a_background_the_order_of_tasks_stays_and_only_who_is_refused_changes(density: Density) -> None:
+    plain = locator_of(density, 5)
+    background = {"mean": points(1, 5)[0], "precision": torch.linspace(0.5, 2, PROJECTED), "volume": torch.ones(1)}
+    asked = features(30)
+    errors = plain.errors(asked) - background_error(background, project(plain.frame, asked))
+    threshold = float(errors.min(1).values.median())
+    against = contrasted(plain, background, threshold)
+    torch.testing.assert_close(against.errors(asked), errors)
+    found, before = against.locate(asked), plain.locate(asked)
+    assert [one.scores[0][0] for one in found] == [one.scores[0][0] for one in before]
+    assert [one.margin for one in found] == pytest.approx([one.margin for one in before], abs=1e-4)
+    assert [one.task is None for one in found] == (errors.min(1).values > threshold).tolist()
+
+
+def test_what_is_unusual_for_every_prompt_counts_against_no_task() -> None:
+    locator = locator_of("low_rank", 1)
+    near = torch.nn.functional.pad(locator.prototypes, (0, WIDTH - PROJECTED))
+    odd = near.clone()
+    odd[:, 200] += 30.0
+    precise = float(locator.stacked["precision"])
+    background = {
+        "mean": locator.prototypes[0],
+        "precision": torch.full((PROJECTED,), precise),
+        "volume": torch.zeros(1),
+    }
+    against = contrasted(locator, background, 0.0)
+    rise = float((locator.errors(odd) - locator.errors(near)).item())
+    rise_against = float((against.errors(odd) - against.errors(near)).item())
+    assert rise > 1
+    assert rise_against < rise / 100
 
 
 def test_the_negative_elbo_is_the_training_loss_at_the_latent_mean() -> None:

@@ -24,7 +24,7 @@ from runtime.errors import (
 )
 from runtime.kernels.routing import top_k_weights
 from runtime.model.densities import Densities
-from runtime.model.density import vae_shapes
+from runtime.model.density import background_shapes, vae_shapes
 from runtime.model.generation import Generation, open_generation
 from runtime.model.locator import Locator, pool
 from runtime.model.manifest import Density, LocatorEntry, Score
@@ -95,24 +95,28 @@ def generation(three_tasks: Workshop) -> Generation:
 # ---- onnx-locator
 
 
-def gaussian_locator(num_tasks: int, density: Density, score: Score) -> Locator:
+def gaussian_locator(num_tasks: int, density: Density, score: Score, *, contrast: bool = False) -> Locator:
     frame = random_locator(1, "raw").frame
     entries = []
     for task in range(num_tasks):
         rows = torch.randn(60, 256, generator=torch.Generator().manual_seed(task)) + task / 4
         tensors = low_rank_gaussian(rows) if density == "low_rank" else {"mean": rows.mean(0)}
         entries.append((f"task-{task}", tensors, LocatorEntry(digest="0" * 64, mean=0.8, sd=0.3, threshold=1.0)))
-    locator = Locator(frame, entries, score=score, density=density)
+    generator = torch.Generator().manual_seed(99)
+    shapes = background_shapes().items()
+    background = {name: torch.rand(shape, generator=generator) + 0.5 for name, shape in shapes} if contrast else None
+    locator = Locator(frame, entries, score=score, density=density, background=background)
     locator.thresholds = locator.errors(noise(locator, 101)).median(0).values
     return locator
 
 
+@pytest.mark.parametrize("contrast", [False, True], ids=["alone", "against a background"])
 @pytest.mark.parametrize("density", ["gaussian", "low_rank"])
 @pytest.mark.parametrize(("num_tasks", "score"), [(1, "raw"), (4, "raw"), (4, "z")])
 def test_the_locator_graph_of_gaussians_says_what_the_locator_says(
-    generation: Generation, tmp_path: Path, density: Density, num_tasks: int, score: Score
+    generation: Generation, tmp_path: Path, density: Density, num_tasks: int, score: Score, *, contrast: bool
 ) -> None:
-    locator = gaussian_locator(num_tasks, density, score)
+    locator = gaussian_locator(num_tasks, density, score, contrast=contrast)
     write_locator(with_locator(generation, locator), tmp_path, quiet)
     features = noise(locator, 20)
     got = run(tmp_path / "locator.onnx", features=features)
