@@ -3,7 +3,9 @@
 It knows nothing of speed: a roofline is the least time that a card's datasheet allows, not a measurement.
 Read first: run it with `python benchmarks/export.py`. Rows go to stdout as JSON and into the key `kernels` of the
 results file; other keys of that file stay. With `--repertoire` it exports every target from a copy instead, and says in
-the key `targets` whether each was verified, its largest error, seconds and bytes.
+the key `targets` whether each was verified, its largest error, seconds and bytes; with `--data` too, a folder of tasks,
+also how well a whole model of each precision answers their held-out rows. `benchmarks/export_kinds.py` is about routers
+of every kind.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import onnxruntime
 import torch
 import triton
+from export_answers import read_rows, score
 
 from exporters.options import PRECISIONS, Options
 from exporters.targets import TARGETS, export
@@ -28,7 +33,7 @@ from exporters.triton_compile import compile_variant
 from exporters.triton_roofline import CARDS, estimate
 from greenroom.cli.places import cache_folder
 from runtime.errors import ExportMismatchError
-from runtime.model.base import resolve_base
+from runtime.model.base import load_base, resolve_base
 from runtime.model.repertoire import Repertoire
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
@@ -60,7 +65,9 @@ def kernel_rows() -> Iterator[dict[str, object]]:
                 }
 
 
-def target_rows(repertoire: Path, base: Path) -> Iterator[tuple[str, dict[str, object]]]:
+def target_rows(
+    repertoire: Path, base: Path, data: Path | None, per_task: int
+) -> Iterator[tuple[str, dict[str, object]]]:
     """Name and row of every target of the current generation; mixtures are the newest task's, uniform."""
     choices = Options(base=base, task=Repertoire(repertoire).manifest().task_names()[-1], weights="uniform")
     with tempfile.TemporaryDirectory() as place:
@@ -83,8 +90,15 @@ def target_rows(repertoire: Path, base: Path) -> Iterator[tuple[str, dict[str, o
                         "bytes": done.manifest.num_bytes(),
                         **{key: value for key, value in measured.items() if value is not None},
                     }
+                    if precision and data is not None:
+                        row["tasks"] = _answers(done.folder / done.manifest.files[0].name, copy, base, data, per_task)
                     shutil.rmtree(done.folder)
                 yield options.folder_name(name) if precision else name, row
+
+
+def _answers(path: Path, repertoire: Repertoire, base: Path, data: Path, per_task: int) -> dict[str, object]:
+    held = load_base(base, dtype=torch.float32, device=torch.device("cpu"))
+    return dict(score(path, held, repertoire, read_rows(held, repertoire, data, per_task)))
 
 
 def main() -> None:
@@ -93,6 +107,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--repertoire", type=Path, help="measure the targets of this repertoire instead of the kernels")
     parser.add_argument("--base", default="smollm2", help="its base, by name or path")
+    parser.add_argument("--data", type=Path, help="a folder of the same tasks, to answer their held-out rows")
+    parser.add_argument("--rows", type=int, default=100, help="held-out rows of each task")
     arguments = parser.parse_args()
     made_by = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
     made_by["triton"] = triton.__version__
@@ -107,12 +123,16 @@ def main() -> None:
         part = {"kernels": rows, "kernels_made_by": made_by}
     else:
         targets = {}
-        for name, row in target_rows(arguments.repertoire, resolve_base(arguments.base, cache=cache_folder())):
+        place = resolve_base(arguments.base, cache=cache_folder())
+        for name, row in target_rows(arguments.repertoire, place, arguments.data, arguments.rows):
             print(json.dumps({name: row}), flush=True)
             targets[name] = row
         tasks = Repertoire(arguments.repertoire).manifest().task_names()
         made_by["command"] = f"python benchmarks/export.py --repertoire DIR --base {Path(arguments.base).name}"
         made_by["workload"] = f"tasks {', '.join(tasks)}; fixed mixtures: {tasks[-1]}, uniform"
+        if arguments.data is not None:
+            made_by["command"] += f" --data DIR --rows {arguments.rows}"
+            made_by["workload"] += f"; {arguments.rows} held-out rows of each task, its own mixture"
         made_by["onnxruntime"] = onnxruntime.__version__
         part = {"targets": targets, "targets_made_by": made_by}
     results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}

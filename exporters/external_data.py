@@ -14,11 +14,10 @@ from pathlib import Path
 import onnx
 import onnx.checker
 import onnx.helper
-import onnx.parser
 import torch
 
 from exporters.manifest import Facts
-from exporters.onnx_graph import IR_VERSION, OPSET
+from exporters.opsets import OPSET, parse_graph
 
 ALIGNMENT = 4096
 """Bytes to which every tensor is aligned, so that it can be mapped."""
@@ -29,7 +28,14 @@ _DTYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.uint8: onnx.TensorProto.
 
 
 def write_graph(
-    path: Path, graph: str, tensors: NamedTensors, facts: Facts, *, weights: str, domains: Iterable[str] = ()
+    path: Path,
+    graph: str,
+    tensors: NamedTensors,
+    facts: Facts,
+    *,
+    weights: str,
+    domains: Iterable[str] = (),
+    opset: int = OPSET,
 ) -> onnx.ModelProto:
     """Write `path`, its constants into the file `weights` beside it, and check the graph.
 
@@ -40,13 +46,12 @@ def write_graph(
         facts: go into the model's metadata, each value as JSON.
         weights: name of the weights' file.
         domains: of operations that are not ONNX's own; in version 1.
+        opset: a key of `exporters.opsets.IR_VERSIONS`.
 
     Returns:
         the model without its weights.
     """
-    imports = ", ".join([f'"" : {OPSET}', *(f'"{domain}" : 1' for domain in domains)])
-    model: onnx.ModelProto = onnx.parser.parse_model(f"<ir_version: {IR_VERSION}, opset_import: [{imports}]>\n{graph}")
-    model.producer_name = "greenroom"
+    model = parse_graph(graph, opset=opset, domains=domains)
     model.graph.initializer.extend(_write_tensors(path.with_name(weights), tensors))
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
     path.write_bytes(model.SerializeToString(deterministic=True))

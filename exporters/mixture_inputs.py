@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from exporters.hyper_inputs import hyper_refusal, pack_hyper
 from exporters.router_inputs import pack_routers
 from runtime.errors import InvalidInputError
 from runtime.model.control import fixed_for, summary
@@ -42,7 +43,7 @@ def mixture_inputs(
 
     Raises:
         UnknownTaskError: no such task.
-        InvalidInputError: it has hyper-adapters, or weighs whole prompts and `entering` is missing.
+        InvalidInputError: see `hyper_refusal`, or it weighs whole prompts and `entering` is missing.
         RepertoireError: an expert or a router cannot be read.
     """
     mixtures: list[Mixture | None] = []
@@ -65,17 +66,18 @@ def pack_mixtures(repertoire: Repertoire, generation: Generation, mixtures: Sequ
         `top_k` [B] int64; for each linear t `t_a` [M, S_t, in] and `t_b` [M, S_t, out] float32, scales multiplied into
         `t_b`, and `t_spread` [M, C, S_t] float32, 1 where column c scores the expert that row s belongs to; of kinds
         beside top-k `absolute` [M, C] bool, `router_bias` [M, C], `constant` [M, B, C], `group_router` [M, G, D],
-        `group_bias` [M, G], `open_groups` [M, B, G] bool, `members` [M, G, C] bool, `share` [B] and `epsilon` [B].
+        `group_bias` [M, G], `open_groups` [M, B, G] bool, `members` [M, G, C] bool, `share` [B] and `epsilon` [B]; of
+        hyper-adapters what `pack_hyper` says, each with M before it.
         q, k, v and o are missing where the record of the base lacks their widths.
 
     Raises:
-        InvalidInputError: a mixture has hyper-adapters.
+        InvalidInputError: see `hyper_refusal`.
         RepertoireError: an expert cannot be read.
     """
     manifest = generation.manifest
     distinct = {mixture.digest: mixture for mixture in mixtures if mixture is not None}
     for mixture in distinct.values():
-        refusal = slots_refusal(mixture)
+        refusal = hyper_refusal(mixture)
         if refusal is not None:
             raise InvalidInputError("task", mixture.task, f"onnx-model cannot take it: {refusal}")
     experts = {
@@ -88,6 +90,7 @@ def pack_mixtures(repertoire: Repertoire, generation: Generation, mixtures: Sequ
     for layer in range(manifest.first_layer, manifest.base.num_layers):
         here = {digest: expert for (place, digest), expert in experts.items() if place == layer}
         columns, packed = pack_routers(layer, sequences, distinct, manifest.base.width)
+        packed |= pack_hyper(layer, distinct.values(), manifest.base.width)
         for target in FFN_TARGETS if manifest.base.attention_width is None else TARGETS:
             packed |= _pack_linear(target, columns, here, manifest.base)
         layers.append(packed)
@@ -111,15 +114,10 @@ def fitting(inputs: Mapping[str, torch.Tensor], names: Collection[str]) -> Input
         InvalidInputError: they do: a mixture needs slots that the file was made without.
     """
     for name in sorted(inputs.keys() - names):
-        says = name in ("absolute", "constant", "open_groups") or name.endswith("_b")
+        says = name in ("absolute", "constant", "open_groups", "hyper_sets") or name.endswith("_b")
         if says and inputs[name].any():
             raise InvalidInputError("slots", name, "the file has none; export it from a generation with such a task")
     return {name: tensor for name, tensor in inputs.items() if name in names}
-
-
-def slots_refusal(mixture: Mixture) -> str | None:
-    """Why the graph has no slots for a mixture; None where it has."""
-    return None if mixture.hyper is None else "it has hyper-adapters beside its experts"
 
 
 def _pack_linear(target: Target, columns: Sequence[str], experts: dict[str, Expert], base: BaseRef) -> Inputs:

@@ -62,7 +62,7 @@ def write_experts(source: Source, folder: Path, on_progress: Progress) -> tuple[
         files += [("qkv.onnx", QKV), ("out.onnx", OUT)]
     for name, targets in files:
         facts: Facts = {"targets": list(targets), "width": base.width, "ffn_width": base.ffn_width}
-        model = build_model(_graph(targets, base), {}, facts)
+        model = build_model(_graph(targets, base), {}, facts, opset=source.options.chosen_opset())
         entries.append(write_verified(folder / name, model, facts, _cases(source, targets), on_progress))
     return tuple(entries)
 

@@ -91,7 +91,13 @@ def write_features(source: Source, folder: Path, on_progress: Progress) -> tuple
         "max_tokens": base.model.config.max_position_embeddings,
     }
     graph = llama_graph(base, num_layers)
-    model = build_model(graph, llama_tensors(base, num_layers, codes), facts, domains=[DOMAIN] if num_layers else [])
+    model = build_model(
+        graph,
+        llama_tensors(base, num_layers, codes),
+        facts,
+        domains=[DOMAIN] if num_layers else [],
+        opset=source.options.chosen_opset(),
+    )
     _save(model, folder)
 
     on_progress(f"{GRAPH_NAME}: verifying in onnxruntime")

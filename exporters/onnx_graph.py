@@ -16,21 +16,23 @@ import onnx
 import onnx.checker
 import onnx.helper
 import onnx.numpy_helper
-import onnx.parser
 import torch
 
 from exporters.artefact import sha256_of
 from exporters.manifest import Check, Facts, FileEntry, TensorSpec
+from exporters.opsets import OPSET, parse_graph
 from exporters.verify import Case, verify
-
-OPSET = 18
-IR_VERSION = 8
 
 Progress = Callable[[str], None]
 
 
 def build_model(
-    graph: str, tensors: Mapping[str, torch.Tensor], facts: Facts, *, domains: Iterable[str] = ()
+    graph: str,
+    tensors: Mapping[str, torch.Tensor],
+    facts: Facts,
+    *,
+    domains: Iterable[str] = (),
+    opset: int = OPSET,
 ) -> onnx.ModelProto:
     """Build and check a model; equal arguments give equal bytes, whatever the order of `tensors`.
 
@@ -39,10 +41,9 @@ def build_model(
         tensors: its constants by name.
         facts: go into the model's metadata, each value as JSON.
         domains: of operations that are not ONNX's own; in version 1.
+        opset: a key of `exporters.opsets.IR_VERSIONS`.
     """
-    imports = ", ".join([f'"" : {OPSET}', *(f'"{domain}" : 1' for domain in domains)])
-    model = onnx.parser.parse_model(f"<ir_version: {IR_VERSION}, opset_import: [{imports}]>\n{graph}")
-    model.producer_name = "greenroom"
+    model = parse_graph(graph, opset=opset, domains=domains)
     model.graph.initializer.extend(
         onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in sorted(tensors.items())
     )
@@ -71,7 +72,7 @@ def describe_graph(path: Path, model: onnx.ModelProto, facts: Facts, checks: tup
         name=path.name,
         bytes=path.stat().st_size,
         sha256=sha256_of(path),
-        opset=OPSET,
+        opset=next(one.version for one in model.opset_import if not one.domain),
         inputs=_specs(model.graph.input),
         outputs=_specs(model.graph.output),
         facts=facts,

@@ -14,6 +14,7 @@ import torch
 
 from exporters.manifest import Facts, FileEntry
 from exporters.onnx_graph import Progress, build_model, write_verified
+from exporters.opsets import OPSET
 from exporters.verify import SIZES, TOLERANCE, Case, Wanted
 from runtime.errors import InvalidInputError
 from runtime.model.density import LATENT, PROJECTED, decode
@@ -126,7 +127,9 @@ _DECISION = """
 """
 
 
-def write_locator(generation: Generation, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
+def write_locator(
+    generation: Generation, folder: Path, on_progress: Progress, *, opset: int = OPSET
+) -> tuple[FileEntry, ...]:
     """Write `locator.onnx` into `folder`, verified.
 
     Raises:
@@ -144,7 +147,7 @@ def write_locator(generation: Generation, folder: Path, on_progress: Progress) -
         "feature": reference.feature,
         "layer": reference.layer,
     }
-    model = build_model(_graph(locator), _tensors(locator), facts)
+    model = build_model(_graph(locator), _tensors(locator), facts, opset=opset)
     return (write_verified(folder / FILE_NAME, model, facts, locator_cases(locator), on_progress),)
 
 

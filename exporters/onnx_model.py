@@ -8,7 +8,7 @@ then the linears round their inputs too, and what all the rounding costs against
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from exporters.nibble_codes import BITS as NIBBLE_BITS
 from exporters.nibble_codes import decode_nibbles, encode_nibbles
 from exporters.onnx_graph import Progress, describe_graph
 from exporters.onnx_llama import DOMAIN, NORMS, check_llama, code_activations, linears
-from exporters.onnx_model_graph import EMBEDDING, HEAD, model_graph
+from exporters.onnx_model_graph import EMBEDDING, HEAD, Slots, model_graph
 from exporters.options import FLOAT32, Source
 from exporters.verify import SIZES, Tally, Wanted
 from runtime.errors import ExportMismatchError, InvalidInputError
@@ -53,7 +53,7 @@ GRAPH_NAME = "model.onnx"
 WEIGHTS_NAME = "model.bin"
 
 MAX_TASKS = 4
-"""Tasks of a generation that are answered in verification, the newest: they see the most experts."""
+"""Tasks of a generation that verification answers at least, the newest: they see the most experts."""
 
 PROMPTS_PER_TASK = 2
 
@@ -93,7 +93,7 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
     on_progress("loading the base")
     base = load_own_base(source)
     check_llama(base)
-    tasks = (None, *list(generation.mixtures)[-MAX_TASKS:])
+    tasks = (None, *answered(generation.mixtures))
     cases = make_cases(base, generation.template, tasks, PROMPTS_PER_TASK)
     on_progress(f"answering {len(cases.tasks)} prompts in torch")
     residual = entering(base, cases, generation.manifest.first_layer)
@@ -109,7 +109,7 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
         "max_tokens": base.model.config.max_position_embeddings,
         "eos_token_ids": [*base.eos_token_ids],
     }
-    model = _write(path, base, generation, precision, facts)
+    model = _write(path, base, source, facts)
 
     on_progress(f"{GRAPH_NAME}: verifying in onnxruntime")
     slots = pack_mixtures(source.repertoire, generation, mixtures)
@@ -120,7 +120,7 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
     session = ModelSession(path, slots)
     got = session.logits_along(cases.ids, exact.tokens)
     checks = _compare(got, wanted)
-    if _kinds(generation):
+    if _slots(generation).kinds:
         session.start(slots)
         checks += (check_logits(GRAPH_NAME, [*session.entering(cases.ids)], [*residual], output="entering"),)
     if is_rounded:
@@ -146,29 +146,49 @@ def write_model(source: Source, folder: Path, on_progress: Progress) -> tuple[Fi
     return (describe_graph(path, model, facts, checks), describe_file(folder / WEIGHTS_NAME))
 
 
-def _attends(generation: Generation) -> bool:
+def _slots(generation: Generation) -> Slots:
     units = [unit for entry in generation.manifest.experts for unit in entry.units]
-    return any(target in ATTENTION_TARGETS for unit in units for target in unit.ranks)
+    mixtures = generation.mixtures.values()
+    return Slots(
+        attends=any(target in ATTENTION_TARGETS for unit in units for target in unit.ranks),
+        kinds=any(mixture.kind != "top_k" for mixture in mixtures),
+        hyper=any(mixture.hyper is not None for mixture in mixtures),
+    )
 
 
-def _kinds(generation: Generation) -> bool:
-    return any(mixture.kind != "top_k" for mixture in generation.mixtures.values())
+def answered(mixtures: Mapping[str, Mixture]) -> tuple[str, ...]:
+    """The tasks that verification answers: the newest of every sort of mixture, and the newest of all, oldest first."""
+    newest: dict[object, str] = {}
+    for name, mixture in reversed(mixtures.items()):
+        newest.setdefault(_sort(mixture), name)
+    chosen = {*newest.values(), *list(mixtures)[-MAX_TASKS:]}
+    return tuple(name for name in mixtures if name in chosen)
 
 
-def _write(path: Path, base: BaseModel, generation: Generation, precision: str, facts: Facts) -> onnx.ModelProto:
+def _sort(mixture: Mixture) -> tuple[object, ...]:
+    router = next(iter(mixture.routers.values()), None)
+    is_static = router is not None and router.bias is not None
+    has_general = router is not None and router.constant is not None
+    return mixture.kind, mixture.by_request, is_static, has_general, mixture.hyper is not None
+
+
+def _write(path: Path, base: BaseModel, source: Source, facts: Facts) -> onnx.ModelProto:
     """Write graph and weights; the base's weights are rounded as the file's are."""
     is_tied = base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    precision = source.options.precision or FLOAT32
     bits = {} if precision == FLOAT32 else _bits(base, precision)
-    graph = model_graph(
-        base,
-        generation.manifest.first_layer,
-        bits,
-        is_tied=is_tied,
-        attends=_attends(generation),
-        kinds=_kinds(generation),
-    )
+    first_layer = source.generation.manifest.first_layer
+    graph = model_graph(base, first_layer, bits, _slots(source.generation), is_tied=is_tied)
     tensors = _tensors(base, bits, is_tied=is_tied)
-    return write_graph(path, graph, tensors, facts, weights=WEIGHTS_NAME, domains=[DOMAIN] if bits else [])
+    return write_graph(
+        path,
+        graph,
+        tensors,
+        facts,
+        weights=WEIGHTS_NAME,
+        domains=[DOMAIN] if bits else [],
+        opset=source.options.chosen_opset(),
+    )
 
 
 def _check_limits(measured: dict[str, float], limits: Limits) -> None:

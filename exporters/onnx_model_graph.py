@@ -8,9 +8,12 @@ stacked over the layers from `first_layer` on; `exporters.mixture_inputs` says w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from exporters.block_codes import BLOCK
 from exporters.onnx_llama import ACTIVATE, FLOAT_ACTIVATIONS, LINEAR, NORM, ROTARY, linears
+from exporters.onnx_model_hyper import INPUTS as HYPER_INPUTS
+from exporters.onnx_model_hyper import adapt
 from exporters.onnx_model_routing import INPUTS, KIND_INPUTS, KIND_START, START, layer_slots, route
 from runtime.model.base import BaseModel
 from runtime.model.manifest import ATTENTION_TARGETS, FFN_TARGETS, TARGETS, Target
@@ -153,18 +156,30 @@ _END = """
 """
 
 
-def model_graph(
-    base: BaseModel, first_layer: int, bits: Mapping[str, int], *, is_tied: bool, attends: bool, kinds: bool
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Which slots a graph has beside those of top-k routers and of experts of the FFN.
+
+    Args:
+        attends: for experts of q, k, v and o.
+        kinds: for routers of all kinds, with the output `entering`.
+        hyper: for hyper-adapters.
+    """
+
+    attends: bool
+    kinds: bool
+    hyper: bool
+
+
+def model_graph(base: BaseModel, first_layer: int, bits: Mapping[str, int], slots: Slots, *, is_tied: bool) -> str:
     """The graph in ONNX's textual syntax.
 
     Args:
         base: its sizes are used.
         first_layer: lowest layer with expert slots.
         bits: linear, as `linears` names it, or the head -> bits of its codes; empty where all weights are float32.
+        slots: what can be fed.
         is_tied: the embedding is the head's table.
-        attends: there are slots for experts of q, k, v and o beside those of the FFN.
-        kinds: there are slots for routers of all kinds, not of top-k alone, and the output `entering`.
     """
     config, info = base.model.config, base.info
     num_kv_heads, head_size = config.num_key_value_heads, config.head_dim
@@ -203,17 +218,20 @@ def model_graph(
         return linear(name, x, f"{name}_base") + _UPDATE.format(out=name, x=x, t=target, i=i, weights=weights)
 
     def routed(i: int, x: str, r: str) -> str:
-        return route(i, x, r, kinds=kinds) if i >= first_layer else ""
+        return route(i, x, r, kinds=slots.kinds) if i >= first_layer else ""
 
-    targets = TARGETS if attends else FFN_TARGETS
-    parts = [_START, START, KIND_START if kinds else "", _EMBED_CODES if bits else _EMBED]
+    def adapts(i: int) -> bool:
+        return slots.hyper and i >= first_layer
+
+    targets = TARGETS if slots.attends else FFN_TARGETS
+    parts = [_START, START, KIND_START if slots.kinds else "", _EMBED_CODES if bits else _EMBED]
     parts.append("    hidden_0 = Reshape(embedded, flat_shape)\n")
     parts = [part.format(**places) for part in parts]
     for i in range(info.num_layers):
         parts += [
-            layer_slots(i, i - first_layer, kinds=kinds) if i >= first_layer else "",
+            layer_slots(i, i - first_layer, kinds=slots.kinds) if i >= first_layer else "",
             NORM.format(out=f"l{i}_attention_norm", x=f"hidden_{i}"),
-            routed(i, f"l{i}_attention_norm", f"l{i}_attention") if attends else "",
+            routed(i, f"l{i}_attention_norm", f"l{i}_attention") if slots.attends else "",
             *(mixed(i, target, f"l{i}_attention_norm") for target in ATTENTION_TARGETS[:3]),
             _ROTATE.format(x=f"l{i}_q", shape="query_shape"),
             _ROTATE.format(x=f"l{i}_k", shape="key_shape"),
@@ -226,7 +244,9 @@ def model_graph(
             mixed(i, "up", f"l{i}_ffn_norm"),
             ACTIVATE.format(i=i),
             mixed(i, "down", f"l{i}_ffn"),
-            f"    hidden_{i + 1} = Add(l{i}_attended, l{i}_down)\n",
+            adapt(i, f"l{i}_ffn_norm", f"l{i}_hyper") if adapts(i) else "",
+            f"    l{i}_written = Add(l{i}_down, l{i}_hyper)\n" if adapts(i) else "",
+            f"    hidden_{i + 1} = Add(l{i}_attended, l{i}_{'written' if adapts(i) else 'down'})\n",
         ]
     parts.append(
         _END.format(
@@ -237,13 +257,14 @@ def model_graph(
             num_layers=info.num_layers,
         )
     )
-    if kinds:
+    if slots.kinds:
         parts.append(f"    entering = Reshape(hidden_{first_layer}, sequence_shape)\n")
     widths = {target: sizes[f"l0_{target}"] for target in targets}
     updates = ", ".join(
         _UPDATE_INPUTS.format(t=target, wide=wide, narrow=narrow, **places) for target, (wide, narrow) in widths.items()
     )
-    routing = (INPUTS + (KIND_INPUTS if kinds else "")).format(**places)
+    fed = INPUTS + (KIND_INPUTS if slots.kinds else "") + (HYPER_INPUTS if slots.hyper else "")
+    routing = fed.format(**places)
     inputs = _INPUTS.format(updates=updates, routing=routing, **places)
-    outputs = _OUTPUTS.format(**places) + (_ENTERING.format(**places) if kinds else "")
+    outputs = _OUTPUTS.format(**places) + (_ENTERING.format(**places) if slots.kinds else "")
     return f"model ({inputs}) => ({outputs}) {{{''.join(parts)}}}"

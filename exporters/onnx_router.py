@@ -17,6 +17,7 @@ import torch
 from exporters.manifest import Facts, FileEntry
 from exporters.onnx_graph import Progress, build_model, write_verified
 from exporters.onnx_grouped import grouped_graph, grouped_scale, grouped_settled, grouped_tensors
+from exporters.opsets import OPSET
 from exporters.verify import SIZES, TOLERANCE, Case, Wanted
 from runtime.model.generation import Generation
 from runtime.model.manifest import Manifest
@@ -50,7 +51,9 @@ _SCORES: Mapping[str, str] = MappingProxyType({"top_k": "Identity", "arrow": "Ab
 """Kind of router -> the operation that makes scores of its logits."""
 
 
-def write_routers(generation: Generation, folder: Path, on_progress: Progress) -> tuple[FileEntry, ...]:
+def write_routers(
+    generation: Generation, folder: Path, on_progress: Progress, *, opset: int = OPSET
+) -> tuple[FileEntry, ...]:
     """Write `<task>.onnx` into `folder` for every task, verified; a task that sees no expert has no router to write.
 
     Raises:
@@ -82,13 +85,13 @@ def write_routers(generation: Generation, folder: Path, on_progress: Progress) -
                 score=_SCORES[mixture.kind],
             )
             tensors = _tensors(mixture, columns, len(visible))
-        model = build_model(graph, tensors, facts)
+        model = build_model(graph, tensors, facts, opset=opset)
         cases = router_cases(mixture, columns, len(visible))
         entries.append(write_verified(folder / f"{mixture.task}.onnx", model, facts, cases, on_progress))
     return tuple(entries)
 
 
-def hyper_refusal(mixture: Mixture) -> str | None:
+def router_refusal(mixture: Mixture) -> str | None:
     """Why a mixture's router alone would mislead; None where it does not."""
     if mixture.hyper is None:
         return None

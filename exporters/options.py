@@ -13,6 +13,7 @@ from pathlib import Path
 
 from exporters.artefact import sha256_of
 from exporters.manifest import Facts
+from exporters.opsets import IR_VERSIONS, OPSET
 from runtime.errors import InvalidInputError
 from runtime.model.generation import Generation
 from runtime.model.repertoire import Repertoire
@@ -34,6 +35,7 @@ class Options:
         arch: the one GPU architecture to compile for, such as `sm_90`.
         dtype: what the compiled kernels compute in.
         precision: what a whole model's weights are stored in, one of `PRECISIONS`.
+        opset: of a graph, a key of `IR_VERSIONS`.
     """
 
     base: Path | None = None
@@ -43,6 +45,7 @@ class Options:
     arch: str | None = None
     dtype: str | None = None
     precision: str | None = None
+    opset: int | None = None
 
     def given(self) -> tuple[str, ...]:
         """Names of the options that were chosen."""
@@ -56,10 +59,12 @@ class Options:
         """Check that a target can use exactly what was chosen.
 
         Raises:
-            InvalidInputError: an option is missing, or one too many, or no precision.
+            InvalidInputError: an option is missing, or one too many, or no precision or opset.
         """
         if self.precision not in (None, *PRECISIONS):
             raise InvalidInputError("precision", self.precision, f"must be one of {', '.join(PRECISIONS)}")
+        if self.opset not in (None, *IR_VERSIONS):
+            raise InvalidInputError("opset", self.opset, f"must be one of {', '.join(map(str, IR_VERSIONS))}")
         for name in sorted(required.difference(self.given())):
             raise InvalidInputError(name, None, f"target {target} needs it")
         for name in self.given():
@@ -74,13 +79,24 @@ class Options:
             chosen["prompts_sha256"] = sha256_of(self.prompts)
         if self.precision not in (None, FLOAT32):
             chosen["precision"] = self.precision
+        if self.chosen_opset() != OPSET:
+            chosen["opset"] = self.opset
         return chosen
 
-    def folder_name(self, target: str) -> str:
-        """One folder per mixture and precision.
+    def chosen_opset(self) -> int:
+        """The opset, also where none was given."""
+        return self.opset or OPSET
 
-        `target`, `target.task`, with weights `target.` and 12 digits of their SHA-256, or `target.precision`.
+    def folder_name(self, target: str) -> str:
+        """One folder per mixture, precision and opset.
+
+        `target`, `target.task`, with weights `target.` and 12 digits of their SHA-256, or `target.precision`; behind it
+        `.opset` and its number, unless it is the default.
         """
+        opset = "" if self.chosen_opset() == OPSET else f".opset{self.opset}"
+        return self._folder_name(target) + opset
+
+    def _folder_name(self, target: str) -> str:
         if self.precision not in (None, FLOAT32):
             return f"{target}.{self.precision}"
         if self.weights is not None:

@@ -21,15 +21,15 @@ import torch
 
 from exporters.artefact import read_artefact, replaced_folder
 from exporters.gguf_lora import write_gguf
+from exporters.hyper_inputs import hyper_refusal
 from exporters.manifest import FILE_NAME, SCHEMA_VERSION, ExportManifest, FileEntry
 from exporters.merged import write_merged
-from exporters.mixture_inputs import slots_refusal
 from exporters.onnx_experts import write_experts
 from exporters.onnx_features import write_features
 from exporters.onnx_graph import Progress
 from exporters.onnx_locator import write_locator
 from exporters.onnx_model import write_model
-from exporters.onnx_router import hyper_refusal, write_routers
+from exporters.onnx_router import router_refusal, write_routers
 from exporters.options import NO_OPTIONS, Options, Source
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
 from runtime.model.generation import Generation, open_generation
@@ -78,18 +78,27 @@ def _write_kernels(source: Source, folder: Path, on_progress: Progress) -> tuple
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "onnx-locator": Target(lambda source, folder, progress: write_locator(source.generation, folder, progress)),
-        "onnx-router": Target(
-            lambda source, folder, progress: write_routers(source.generation, folder, progress),
-            optional=frozenset({"task"}),
-            refusal=hyper_refusal,
+        "onnx-locator": Target(
+            lambda source, folder, progress: write_locator(
+                source.generation, folder, progress, opset=source.options.chosen_opset()
+            ),
+            optional=frozenset({"opset"}),
         ),
-        "onnx-experts": Target(write_experts),
-        "onnx-features": Target(write_features, frozenset({"base"}), frozenset({"prompts"})),
-        "onnx-model": Target(write_model, frozenset({"base"}), frozenset({"precision"}), refusal=slots_refusal),
+        "onnx-router": Target(
+            lambda source, folder, progress: write_routers(
+                source.generation, folder, progress, opset=source.options.chosen_opset()
+            ),
+            optional=frozenset({"task", "opset"}),
+            refusal=router_refusal,
+        ),
+        "onnx-experts": Target(write_experts, optional=frozenset({"opset"})),
+        "onnx-features": Target(write_features, frozenset({"base"}), frozenset({"prompts", "opset"})),
+        "onnx-model": Target(
+            write_model, frozenset({"base"}), frozenset({"precision", "opset"}), refusal=hyper_refusal
+        ),
         "peft": Target(_write_adapter, frozenset({"base"}), _MIXTURE),
         "merged": Target(write_merged, frozenset({"base"}), _MIXTURE),
-        "gguf-lora": Target(write_gguf, optional=_MIXTURE),
+        "gguf-lora": Target(write_gguf, optional=_MIXTURE | {"base"}),
         "triton": Target(_write_kernels, optional=frozenset({"arch", "dtype"})),
     }
 )

@@ -50,6 +50,7 @@ def export(
     precision: Annotated[
         str | None, typer.Option(help="Of the weights of onnx-model: float32 (the default), int8 or int4.")
     ] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX graphs: 18 (the default) to 21.")] = None,
 ) -> None:
     """Export a generation, each file checked against torch; what is there already is not made again."""
     from exporters.options import Options
@@ -66,6 +67,7 @@ def export(
         arch=arch,
         dtype=dtype,
         precision=precision,
+        opset=opset,
     )
     shares = _shares(tuple(dict.fromkeys(targets or SIMPLE_TARGETS)), options)
     store = Repertoire(repertoire)
