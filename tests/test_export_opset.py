@@ -21,7 +21,7 @@ GRAPHS = {
     "onnx-router": Options(),
     "onnx-experts": Options(),
     "onnx-features": Options(),
-    "onnx-model": Options(precision="int4"),
+    "onnx-model": Options(precision="int8"),
 }
 
 
