@@ -189,6 +189,33 @@ def _shapes(workshop: Workshop) -> dict[str, tuple[int, ...]]:
     return router_shapes(manifest, manifest.task("blue"))
 
 
+def test_tasks_whose_routers_have_the_same_bytes_keep_their_own_experts(
+    workshop: Workshop, make_engine: MakeEngine
+) -> None:
+    workshop.publish("red", "aaaa")
+    workshop.publish("green", "1234")
+    workshop.publish("blue", "? ! ?")
+    manifest = workshop.repertoire.manifest()
+    blue = manifest.tasks[-1].router
+    narrow = blue.model_copy(update={"top_k": 1})
+    turned = blue.model_copy(update={"visible": tuple(reversed(blue.visible))})
+    tasks = [
+        task.model_copy(update={"router": router})
+        for task, router in zip(manifest.tasks, (narrow, turned, blue), strict=True)
+    ]
+    alike = manifest.model_copy(update={"generation": 4, "parent": 3, "tasks": tuple(tasks)})
+    workshop.repertoire.publish(alike, {}, expected=3)
+    engine = make_engine(workshop)
+    answers = []
+    for task in ("red", "green", "blue"):
+        answer = ask(engine, "hello", task=task).wait()
+        wanted = workshop.reference("hello", task, 8)
+        torch.testing.assert_close(answer.logits(267), wanted, rtol=1e-4, atol=1e-4)
+        answers.append(wanted[0])
+    assert not torch.equal(answers[0], answers[2])
+    assert not torch.equal(answers[1], answers[2])
+
+
 def test_a_long_prompt_in_pieces_is_explained_like_one_in_a_single_piece(
     workshop: Workshop, make_engine: MakeEngine
 ) -> None:

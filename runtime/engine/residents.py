@@ -15,6 +15,7 @@ import torch
 
 from runtime.engine.options import EngineOptions
 from runtime.errors import GreenroomError, InvalidInputError, NoRoomError
+from runtime.memory.keys import routers_name
 from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
 from runtime.memory.reservation import Reservation
@@ -93,7 +94,7 @@ class Residents:
         with self._lock:
             if task in self._pins:
                 raise InvalidInputError("task", task, "is pinned; unpin it first")
-            routers = f"{entry.router.digest}@{manifest.generation}"
+            routers = routers_name(entry.router.digest, generation=manifest.generation, task=task)
             return self._memory.evict({routers, *((entry.experts,) if entry.experts else ())})
 
     def published(self, generation: Generation, served: tuple[Generation, ...]) -> None:
@@ -153,4 +154,9 @@ def _named_by(generations: tuple[Generation, ...]) -> frozenset[str]:
     """Digests of the expert sets and keys of the routers that these generations name."""
     manifests = [generation.manifest for generation in generations]
     sets = {entry.digest for manifest in manifests for entry in manifest.experts}
-    return frozenset(sets | {f"{t.router.digest}@{m.generation}" for m in manifests for t in m.tasks})
+    named = {
+        routers_name(task.router.digest, generation=manifest.generation, task=task.name)
+        for manifest in manifests
+        for task in manifest.tasks
+    }
+    return frozenset(sets | named)

@@ -18,7 +18,7 @@ class SetResidency:
 
     Args:
         task: which trained it.
-        digest: of the set; routers have "digest@generation".
+        digest: of the set; routers have "digest@generation/task".
         units: layer -> state, of all that are not absent; routers are at layer -1.
         bytes: in memory now.
         references: reservations that hold a part of it, the largest number over its layers; a pin is one.

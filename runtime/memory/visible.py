@@ -12,7 +12,7 @@ from functools import partial
 from threading import Lock
 
 from runtime.errors import RankLimitError, UnboundExpertError
-from runtime.memory.keys import ROUTERS
+from runtime.memory.keys import ROUTERS, routers_name
 from runtime.memory.wanted import VisibleSet, Wanted
 from runtime.model.expert import Expert, LowRank, unit_tensors
 from runtime.model.generation import Generation
@@ -84,7 +84,8 @@ class VisibleSets:
         generation.check_task(task)
         manifest = generation.manifest
         units = generation.task_units(task)
-        routers = (f"{manifest.task(task).router.digest}@{manifest.generation}", ROUTERS)
+        digest = manifest.task(task).router.digest
+        routers = (routers_name(digest, generation=manifest.generation, task=task), ROUTERS)
         num_bytes = generation.router_bytes(task)
         read_routers = partial(generation.read_mixture, task)
         wanted = [Wanted(key=routers, task=task, num_bytes=num_bytes, rows=(), read=read_routers)]
