@@ -68,7 +68,7 @@ def server(program: Path, gguf: Path, port: int, adapter: Path | None) -> Iterat
 def ask(address: str, ids: list[int]) -> list[int]:
     """Greedy tokens of the server behind a prompt."""
     body = {"prompt": ids, "n_predict": NUM_TOKENS, "temperature": 0, "top_k": 1, "samplers": ["top_k"]}
-    body |= {"ignore_eos": True, "cache_prompt": False, "return_tokens": True}
+    body |= {"cache_prompt": False, "return_tokens": True}
     request = urllib.request.Request(
         f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -77,13 +77,20 @@ def ask(address: str, ids: list[int]) -> list[int]:
     return tokens
 
 
-def agreed(got: list[int], tokens: torch.Tensor, logits: torch.Tensor) -> tuple[int, bool]:
+def agreed(got: list[int], tokens: list[int], logits: torch.Tensor) -> tuple[int, bool]:
     """How many tokens are equal from the first on, and whether the next one, if any, is a near tie of torch's."""
-    for i, (one, other) in enumerate(zip(got, tokens.tolist(), strict=True)):
-        if one != other:
-            best = logits[i].topk(2).values
-            return i, float(best[0] - best[1]) < NEAR
-    return len(got), True
+    equal = next((i for i, (one, other) in enumerate(zip(got, tokens, strict=False)) if one != other), None)
+    if equal is None and len(got) == len(tokens):
+        return len(got), True
+    place = min(len(got), len(tokens)) if equal is None else equal
+    best = logits[place].topk(2).values
+    return place, float(best[0] - best[1]) < NEAR
+
+
+def until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    """At most `NUM_TOKENS` tokens, up to the end token."""
+    end = next((i for i, token in enumerate(tokens) if token in ends), NUM_TOKENS)
+    return tokens[: min(end, NUM_TOKENS)]
 
 
 def main() -> None:
@@ -109,22 +116,23 @@ def main() -> None:
         _, mixture = read_mixture(Source(repertoire=copy, generation=generation, options=options))
         with attached_mixture(base.model, mixture):
             wanted = [greedy_answer(base.model, ids) for ids in prompts]
-        plain = [greedy_answer(base.model, ids)[0] for ids in prompts[:2]]
+        plain = [until_end(greedy_answer(base.model, ids)[0].tolist(), base.eos_token_ids) for ids in prompts[:2]]
         with server(arguments.server, arguments.gguf, arguments.port, adapter) as address:
             answers = [ask(address, ids.tolist()) for ids in prompts]
     rows = []
     for got, (tokens, logits) in zip(answers, wanted, strict=True):
-        equal, is_fair = agreed(got, tokens[:NUM_TOKENS], logits)
-        rows.append({"tokens": len(got), "equal": equal, "fair": is_fair})
+        own = until_end(got, base.eos_token_ids)
+        equal, is_fair = agreed(own, until_end(tokens.tolist(), base.eos_token_ids), logits)
+        rows.append({"tokens": len(own), "equal": equal, "fair": is_fair})
         print(json.dumps(rows[-1]), flush=True)
     result = {
         "answers": len(rows),
-        "tokens": NUM_TOKENS,
+        "tokens": sum(row["tokens"] for row in rows),
         "equal": sum(row["equal"] == row["tokens"] for row in rows),
         "differ_where_torch_is_within": NEAR,
         "verified": all(row["fair"] for row in rows),
         "differs_from_the_plain_base": any(
-            one.tolist()[:NUM_TOKENS] != got for one, got in zip(plain, answers[:2], strict=True)
+            one != until_end(got, base.eos_token_ids) for one, got in zip(plain, answers[:2], strict=True)
         ),
         "weights": arguments.weights,
         "command": "python benchmarks/export_llama_cpp.py --repertoire DIR --server llama-server --gguf base.gguf "

@@ -159,7 +159,7 @@ def _slots(generation: Generation) -> Slots:
 def answered(mixtures: Mapping[str, Mixture]) -> tuple[str, ...]:
     """The tasks that verification answers: the newest of every sort of mixture, and the newest of all, oldest first."""
     newest: dict[object, str] = {}
-    for name, mixture in reversed(mixtures.items()):
+    for name, mixture in reversed(list(mixtures.items())):
         newest.setdefault(_sort(mixture), name)
     chosen = {*newest.values(), *list(mixtures)[-MAX_TASKS:]}
     return tuple(name for name in mixtures if name in chosen)
