@@ -58,9 +58,9 @@ class Accounts:
         """Bytes that `tenant` can never have: the floors of others."""
         return sum(floor for name, floor in self.floors.items() if name != tenant)
 
-    def protects(self, owner: str, tenant: str) -> bool:
-        """Whether a load for `tenant` must leave the owner's idle experts alone now."""
-        return owner != tenant and self.resident_of[owner] <= self.floors.get(owner, 0) and owner in self.floors
+    def protects(self, owner: str, tenant: str, *, but: int = 0) -> bool:
+        """Whether a load for `tenant` must leave the owner's idle experts alone, once `but` bytes of them have gone."""
+        return owner in self.floors and owner != tenant and self.resident_of[owner] - but <= self.floors[owner]
 
     def check(self) -> None:
         """Assert that the sums fit together and keep the budget."""

@@ -164,12 +164,22 @@ class Shelf:
         slot.owner = owner
 
     def _make_room(self, num_bytes: int, tenant: str) -> bool:
-        accounts = self.accounts
-        order = self._eviction.order([key for key, slot in self.slots.items() if slot.idle])
-        order.sort(key=lambda key: self.slots[key].guessed)  # open guesses go last
-        for key in order:
-            if accounts.resident + num_bytes <= accounts.budget:
-                break
-            if not accounts.protects(self.slots[key].owner, tenant):
-                self.drop(key)
-        return accounts.resident + num_bytes <= accounts.budget
+        """Drop what is idle until so many bytes are free, open guesses last; drops nothing where that would not do."""
+        missing = self.accounts.resident + num_bytes - self.accounts.budget
+        going: dict[UnitKey, int] = {}
+        of_owner: Counter[str] = Counter()
+        for guessed in (False, True):
+            order = self._eviction.order()
+            while missing > 0 and (key := next(order, None)) is not None:
+                slot = self.slots[key]
+                protected = self.accounts.protects(slot.owner, tenant, but=of_owner[slot.owner])
+                if slot.idle and slot.guessed is guessed and not protected:
+                    missing -= slot.num_bytes
+                    of_owner[slot.owner] += slot.num_bytes
+                    going[key] = slot.num_bytes
+            del order
+        if missing > 0:
+            return False
+        for key in going:
+            self.drop(key)
+        return True

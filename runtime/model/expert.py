@@ -193,11 +193,12 @@ def parse_unit(data: bytearray, unit: Unit, entry: ExpertSet, base: BaseRef) -> 
     flat = torch.frombuffer(data, dtype=DTYPES[entry.dtype])
     if not _all_finite(data, entry.dtype):
         raise NonFiniteError(f"expert set {entry.digest}: layer {unit.layer} holds NaN or infinity")
-    tensors: dict[str, torch.Tensor] = {}
+    updates: dict[Target, LowRank] = {}
     position = 0
-    for name, shape in unit_tensors(unit.ranks, base).items():
-        size = math.prod(shape)
-        tensors[name] = flat[position : position + size].view(shape)
-        position += size
-    updates = {target: LowRank(tensors[f"{target}.a"], tensors[f"{target}.b"]) for target in unit.ranks}
-    return Expert(layer=unit.layer, scale=entry.scale, updates=updates)
+    for target in sorted(unit.ranks):
+        rank, (wide, narrow) = unit.ranks[target], linear_widths(target, base)
+        a = flat.as_strided((rank, wide), (wide, 1), position)
+        b = flat.as_strided((narrow, rank), (rank, 1), position + rank * wide)
+        updates[target] = LowRank(a, b)
+        position += rank * (wide + narrow)
+    return Expert(layer=unit.layer, scale=entry.scale, updates={target: updates[target] for target in unit.ranks})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -35,12 +36,12 @@ class LayerNames:
     ffn: str = "mlp"
     linears: Mapping[str, tuple[Target, ...]]
 
-    @property
+    @cached_property
     def targets(self) -> tuple[Target, ...]:
         """What an expert may update, in the order of `TARGETS`."""
         return tuple(target for target in TARGETS if any(target in found for found in self.linears.values()))
 
-    @property
+    @cached_property
     def ffn_targets(self) -> tuple[Target, ...]:
         """Those of them in the FFN."""
         return tuple(target for target in self.targets if target in FFN_TARGETS)
