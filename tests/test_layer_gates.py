@@ -32,12 +32,12 @@ class GatedRepertoire(Repertoire):
         self.gate = threading.Event()
         self.bad = False
 
-    def read_unit(self, entry: ExpertSet, unit: Unit, base: BaseRef) -> Expert:
+    def read_unit(self, entry: ExpertSet, unit: Unit, base: BaseRef, *, data: bytearray | None = None) -> Expert:
         if (entry.task, unit.layer) == self.slow:
             assert self.gate.wait(30)
             if self.bad:
                 raise DigestMismatchError("the slow one is bad")
-        return super().read_unit(entry, unit, base)
+        return super().read_unit(entry, unit, base, data=data)
 
 
 class RecordingModel(LlamaModel):

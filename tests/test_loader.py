@@ -86,9 +86,9 @@ def test_lru_gives_up_what_was_used_longest_ago() -> None:
     order = make_eviction("lru")
     for key in ("a", "b", "c", "a"):
         order.used(key, num_bytes=1, load_s=1.0)
-    assert order.order(["a", "b", "c"]) == ["b", "c", "a"]
+    assert list(order.order()) == ["b", "c", "a"]
     order.gone("b", evicted=True)
-    assert order.order(["a", "c"]) == ["c", "a"]
+    assert list(order.order()) == ["c", "a"]
 
 
 def test_gdsf_keeps_what_is_frequent_small_and_slow_to_load_and_lets_fame_fade() -> None:
@@ -98,9 +98,40 @@ def test_gdsf_keeps_what_is_frequent_small_and_slow_to_load_and_lets_fame_fade()
     order.used("small", num_bytes=5, load_s=1.0)
     order.used("slow", num_bytes=10, load_s=2.5)
     order.used("plain", num_bytes=10, load_s=1.0)
-    keys = ["frequent", "small", "slow", "plain"]
-    assert order.order(keys) == ["plain", "small", "slow", "frequent"]
+    assert list(order.order()) == ["plain", "small", "slow", "frequent"]
     for key in ("plain", "small", "slow"):
         order.gone(key, evicted=True)
     order.used("new", num_bytes=10, load_s=1.0)
-    assert order.order(["frequent", "new"]) == ["frequent", "new"], "an old favourite is no longer above a newcomer"
+    assert list(order.order()) == ["frequent", "new"], "an old favourite is no longer above a newcomer"
+
+
+def test_walking_an_order_part_of_the_way_changes_nothing() -> None:
+    for name in ("lru", "gdsf"):
+        order = make_eviction(name)
+        for key in ("a", "b", "c"):
+            order.used((key, 0), num_bytes=1, load_s=1.0)
+        walk = order.order()
+        assert next(walk) == ("a", 0)
+        del walk
+        order.gone(("a", 0), evicted=True)
+        assert list(order.order()) == [("b", 0), ("c", 0)]
+
+
+def test_gdsf_forgets_old_priorities_however_often_something_is_used() -> None:
+    order = make_eviction("gdsf")
+    for count in range(1000):
+        order.used(("often" if count % 2 else f"once {count}", 0), num_bytes=1, load_s=1.0)
+        if count % 2 == 0:
+            order.gone((f"once {count}", 0), evicted=False)
+    assert list(order.order()) == [("often", 0)]
+
+
+def test_a_job_that_runs_takes_over_what_would_run_next_as_long_as_it_is_alike(bench: Bench) -> None:
+    for order, key in enumerate(["a1", "a2", "gone", "a3", "b1", "a4"]):
+        bench.add(key, Priority.GUESS, order)
+    bench.loader.withdraw("gone")
+    bench.loader.raise_to("a3", Priority.DEMAND)
+    assert bench.loader.take_next(2, lambda key: str(key).startswith("a")) == ["a3", "a1"]
+    assert bench.loader.take_next(9, lambda key: str(key).startswith("a")) == ["a2"]
+    assert bench.loader.take_next(9, lambda key: str(key).startswith("a")) == [], "b1 would run next"
+    assert bench.finish() == ["b1", "a4"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -32,6 +32,9 @@ class Disk:
         self.reading = threading.Event()
         self.reads: list[tuple[str, int]] = []
         self.bad: set[str] = set()
+        self.fetches: list[tuple[int, ...]] = []
+        self.fetches_runs = False
+        self.fetch_error: Exception | None = None
 
     def set(self, name: str, num_layers: int = 2) -> VisibleSet:
         """What a task wants that has one expert per layer; layer -1 stands for its routers."""
@@ -41,8 +44,18 @@ class Disk:
     def _wanted(self, name: str, layer: int) -> Wanted:
         rows = ((1, 1), (1, 1)) if layer >= 0 else ()
         return Wanted(
-            key=(name * 64, layer), task=name, num_bytes=UNIT_BYTES, rows=rows, read=lambda: self._read(name, layer)
+            key=(name * 64, layer),
+            task=name,
+            num_bytes=UNIT_BYTES,
+            rows=rows,
+            read=lambda: self._read(name, layer),
+            fetch=self._fetch if self.fetches_runs else None,
         )
+
+    def _fetch(self, layers: Sequence[int]) -> None:
+        self.fetches.append(tuple(layers))
+        if self.fetch_error is not None:
+            raise self.fetch_error
 
     def _read(self, name: str, layer: int) -> Held:
         self.reading.set()
@@ -192,6 +205,27 @@ def test_releasing_during_a_load_gives_the_bytes_back(disk: Disk, loaded: Signal
     disk.gate.set()
     loaded.wait_for(4)
     assert other.ready
+    memory.check_integrity()
+    memory.close()
+
+
+@pytest.mark.parametrize("error", [None, DigestMismatchError("x"), OSError("x")], ids=["fetched", "bad", "disk"])
+def test_layers_of_a_set_that_are_loaded_one_after_the_other_come_in_one_read_but_are_judged_alone(
+    disk: Disk, loaded: Signal, error: Exception | None
+) -> None:
+    memory = make_memory(loaded, units=9)
+    disk.gate.clear()
+    disk.fetches_runs, disk.fetch_error = True, error
+    first = memory.reserve(disk.set("x", 1))
+    assert disk.reading.wait(10)
+    assert first is not None
+    wanted = memory.reserve(disk.set("a", 5))
+    disk.gate.set()
+    loaded.wait_for(6)
+    assert wanted is not None
+    assert wanted.ready
+    assert disk.fetches == [(-1, 0, 1, 2, 3)]
+    assert disk.reads[1:] == [("a", layer) for layer in range(-1, 4)]
     memory.check_integrity()
     memory.close()
 

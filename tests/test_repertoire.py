@@ -27,9 +27,10 @@ from runtime.errors import (
     TensorMismatchError,
     UnknownSchemaError,
 )
+from runtime.model.attach import fresh_expert
 from runtime.model.base import BaseModel
 from runtime.model.expert import DTYPES, pack_expert_set, parse_unit, unit_tensors
-from runtime.model.generation import check_base, open_generation
+from runtime.model.generation import base_ref, check_base, open_generation
 from runtime.model.manifest import ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
 
@@ -55,6 +56,22 @@ def rewrite(workshop: Workshop, **changes: object) -> None:
     """Change top-level fields of the current manifest, behind the writer's back."""
     path = workshop.repertoire.root / "generations" / "000001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("picked", [[0], [0, 1, 2, 3], [0, 2, 3], [3, 1]], ids=str)
+def test_units_that_are_read_together_have_the_bytes_that_each_has_alone(
+    workshop: Workshop, tiny_base: BaseModel, picked: list[int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = base_ref(tiny_base.info)
+    experts = {n: fresh_expert(n, rank=2, alpha=4.0, base=base, generator=generator) for n in range(4)}
+    blob, entry = pack_expert_set(experts, task="red", dtype="float32", base=base)
+    path = workshop.repertoire.blob_path(entry.digest)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(blob)
+    units = [entry.units[n] for n in picked]
+    found = workshop.repertoire.read_bytes(entry, units, base)
+    assert [bytes(data) for data in found] == [blob[unit.offset : unit.offset + unit.bytes] for unit in units]
 
 
 def test_one_expert_is_one_contiguous_read_and_comes_back_as_it_was(workshop: Workshop) -> None:

@@ -59,6 +59,27 @@ class Loader:
         with self._lock:
             return self._jobs.pop(key, None) is not None
 
+    def take_next(self, limit: int, alike: Callable[[Hashable], bool]) -> list[Hashable]:
+        """Take over the waiting jobs that would run next, as long as they are alike; their caller does them instead.
+
+        Args:
+            limit: how many at most.
+            alike: whether the job of this key may be taken.
+        """
+        taken: list[Hashable] = []
+        with self._lock:
+            while len(taken) < limit and self._queue:
+                priority, _, _, key = self._queue[0]
+                waiting = self._jobs.get(key)
+                valid = waiting is not None and waiting[0] == priority
+                if valid and not alike(key):
+                    break
+                heapq.heappop(self._queue)
+                if valid:
+                    del self._jobs[key]
+                    taken.append(key)
+        return taken
+
     def close(self) -> None:
         """Let running jobs finish and drop the waiting ones; idempotent."""
         with self._lock:

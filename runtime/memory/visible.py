@@ -93,22 +93,48 @@ class VisibleSets:
         num_bytes = generation.router_bytes(task)
         read_routers = partial(generation.read_mixture, task)
         wanted = [Wanted(key=routers, task=task, num_bytes=num_bytes, rows=(), read=read_routers)]
+        sources = {entry.digest: _Source(self._repertoire, entry, manifest.base) for entry, _ in units}
         for entry, unit in units:
             rows = [_row(name, shape) for name, shape in unit_tensors(unit.ranks, manifest.base).items()]
-            read = partial(self._read_expert, entry, unit, manifest.base)
+            source = sources[entry.digest]
+            read = partial(self._read_expert, source, unit)
             key = (entry.digest, unit.layer)
-            wanted.append(Wanted(key=key, task=entry.task, num_bytes=unit.bytes, rows=tuple(rows), read=read))
+            made = Wanted(
+                key=key, task=entry.task, num_bytes=unit.bytes, rows=tuple(rows), read=read, fetch=source.fetch
+            )
+            wanted.append(made)
         return VisibleSet(task=task, routers=routers, wanted=tuple(wanted))
 
-    def _read_expert(self, entry: ExpertSet, unit: Unit, base: BaseRef) -> Expert:
+    def _read_expert(self, source: _Source, unit: Unit) -> Expert:
+        digest = source.entry.digest
         if not unit.ranks:
-            raise UnboundExpertError(f"expert set {entry.digest}: layer {unit.layer} binds to no module")
+            raise UnboundExpertError(f"expert set {digest}: layer {unit.layer} binds to no module")
         highest = max(unit.ranks.values())
         if highest > self._max_rank:
             raise RankLimitError(
-                f"expert set {entry.digest}: layer {unit.layer} has rank {highest}, this engine takes {self._max_rank}"
+                f"expert set {digest}: layer {unit.layer} has rank {highest}, this engine takes {self._max_rank}"
             )
-        return row_major(self._repertoire.read_unit(entry, unit, base))
+        return row_major(source.read(unit))
+
+
+class _Source:
+    """One expert set on disk, and the bytes of those of its units that were fetched and not yet read."""
+
+    def __init__(self, repertoire: Repertoire, entry: ExpertSet, base: BaseRef) -> None:
+        self.entry = entry
+        self._repertoire = repertoire
+        self._base = base
+        self._fetched: dict[int, bytearray] = {}
+
+    def fetch(self, layers: Sequence[int]) -> None:
+        """Read the bytes of these layers."""
+        units = [unit for unit in self.entry.units if unit.layer in layers]
+        buffers = self._repertoire.read_bytes(self.entry, units, self._base)
+        self._fetched.update({unit.layer: data for unit, data in zip(units, buffers, strict=True)})
+
+    def read(self, unit: Unit) -> Expert:
+        """Check and parse one, after reading it unless it was fetched."""
+        return self._repertoire.read_unit(self.entry, unit, self._base, data=self._fetched.pop(unit.layer, None))
 
 
 def row_major(expert: Expert) -> Expert:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from runtime.errors import GreenroomError, RepertoireError
 from runtime.memory.keys import UnitKey
 from runtime.model.expert import Expert
 from runtime.model.mixture import Mixture
@@ -27,6 +28,8 @@ class Wanted:
         num_bytes: of its tensors.
         rows: (rank, width) of each matrix that a device tier must find room for; none for what stays on the host.
         read: reads, checks and parses it; called on a loader thread, and raises `GreenroomError` where it is bad.
+        fetch: brings the bytes of several layers of the same set nearer in one read, so that `read` of each finds them;
+            each must be read afterwards. None where there is nothing to gain.
     """
 
     key: UnitKey
@@ -34,6 +37,19 @@ class Wanted:
     num_bytes: int
     rows: tuple[tuple[int, int], ...]
     read: Callable[[], Held]
+    fetch: Callable[[Sequence[int]], None] | None = None
+
+    def attempt(self) -> tuple[Held | None, GreenroomError | None]:
+        """What `read` gives, or why it cannot be had."""
+        try:
+            return self.read(), None
+        except GreenroomError as error:
+            return None, error
+        except (OSError, MemoryError) as error:
+            digest, layer = self.key
+            return None, RepertoireError(
+                f"expert set {digest}: layer {layer} of task {self.task} cannot be read: {error}"
+            )
 
 
 @dataclass(frozen=True)

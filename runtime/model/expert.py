@@ -177,11 +177,16 @@ def check_header(header: Mapping[str, Mapping[str, object]], data_start: int, en
 
 
 def _all_finite(data: bytearray, dtype: str) -> bool:
-    """Whether no number is NaN or infinite: their exponents are all ones, so without its sign no other is as large."""
-    if dtype == "float32":
-        return bool((np.frombuffer(data, dtype=np.uint32) & 0x7FFFFFFF).max() < 0x7F800000)
-    infinite = 0x7F80 if dtype == "bfloat16" else 0x7C00
-    return bool((np.frombuffer(data, dtype=np.uint16) & 0x7FFF).max() < infinite)
+    """Whether no number is NaN or infinite: their exponents are all ones, so of one sign no other's bits are as large.
+
+    Read as unsigned, the largest bits are those of a negative number; read as signed, those of a positive one. Two
+    passes that allocate nothing cost less than one that masks the signs.
+    """
+    infinite = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[dtype]
+    size = 4 if dtype == "float32" else 2
+    sign = 1 << (8 * size - 1)
+    positive = np.frombuffer(data, dtype=f"<i{size}").max() < infinite
+    return bool(positive and np.frombuffer(data, dtype=f"<u{size}").max() < infinite + sign)
 
 
 def parse_unit(data: bytearray, unit: Unit, entry: ExpertSet, base: BaseRef) -> Expert:

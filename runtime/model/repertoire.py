@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from runtime.model.layout import (
 )
 from runtime.model.lease import shared_lease
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit, parse_manifest
+from runtime.model.side_by_side import read_side_by_side
 from runtime.model.signature import Signer, TrustPolicy
 
 _MAX_HEADER_BYTES = 16 << 20
@@ -134,17 +135,34 @@ class Repertoire:
             if generation is not None or self.head() == number:
                 raise self._not_here(number)
 
-    def read_unit(self, entry: ExpertSet, unit: Unit, base: BaseRef) -> Expert:
+    def read_unit(self, entry: ExpertSet, unit: Unit, base: BaseRef, *, data: bytearray | None = None) -> Expert:
         """Read, check and parse one expert: one contiguous read of `unit.bytes` bytes.
 
         The blob's header is checked on its first use; the unit's SHA-256 and finiteness on every read.
 
+        Args:
+            entry: its set.
+            unit: which of it.
+            base: what its shapes must fit.
+            data: its bytes, where `read_bytes` has read them with others; the expert takes them over.
+
         Raises:
             BlobMissingError, BlobTruncatedError, DigestMismatchError, TensorMismatchError, NonFiniteError.
         """
-        path = self.blob_path(entry.digest)
+        if data is None:
+            (data,) = self.read_bytes(entry, [unit], base)
+        if hashlib.sha256(data).hexdigest() != unit.sha256:
+            raise DigestMismatchError(f"blob {entry.digest}: layer {unit.layer} does not have the digest {unit.sha256}")
+        return parse_unit(data, unit, entry, base)
+
+    def read_bytes(self, entry: ExpertSet, units: Sequence[Unit], base: BaseRef) -> list[bytearray]:
+        """Read the bytes of units of one set, those that lie side by side in one read; each has memory of its own.
+
+        Raises:
+            BlobMissingError, BlobTruncatedError, TensorMismatchError: as `read_unit`, which checks the rest.
+        """
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(self.blob_path(entry.digest), os.O_RDONLY)
         except FileNotFoundError as error:
             raise BlobMissingError(f"blob {entry.digest} of task {entry.task} is not on disk") from error
         try:
@@ -152,14 +170,9 @@ class Repertoire:
             if size != entry.bytes:
                 raise BlobTruncatedError(f"blob {entry.digest}: {size} bytes on disk, the manifest says {entry.bytes}")
             self._check_header_once(descriptor, entry, base)
-            data = bytearray(unit.bytes)
-            if os.preadv(descriptor, [data], unit.offset) != unit.bytes:
-                raise BlobTruncatedError(f"blob {entry.digest}: layer {unit.layer} ends early")
+            return read_side_by_side(descriptor, entry, units)
         finally:
             os.close(descriptor)
-        if hashlib.sha256(data).hexdigest() != unit.sha256:
-            raise DigestMismatchError(f"blob {entry.digest}: layer {unit.layer} does not have the digest {unit.sha256}")
-        return parse_unit(data, unit, entry, base)
 
     def read_tensors(self, digest: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         """Read a small blob whole: exactly the float32 tensors named in `shapes`.

@@ -1,0 +1,33 @@
+"""Bytes of units out of a blob: those that lie side by side come in one read, each into memory of its own.
+
+It knows nothing of what the bytes are; `runtime.model.repertoire` opens the blob and checks what is read.
+Read first: a set's units lie one after the other by layer, so whoever reads the first will want the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from runtime.errors import BlobTruncatedError
+from runtime.model.manifest import ExpertSet, Unit
+
+
+def read_side_by_side(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) -> list[bytearray]:
+    """Read units of an open blob. With the first of the set among them, the disk is told to go on with the others.
+
+    Raises:
+        BlobTruncatedError: the blob ends before a unit does.
+    """
+    if entry.units[0] in units and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, entry.units[0].offset, 0, os.POSIX_FADV_WILLNEED)
+    buffers = [bytearray(unit.bytes) for unit in units]
+    begin = 0
+    for end, unit in enumerate(units, start=1):
+        if end < len(units) and units[end].offset == unit.offset + unit.bytes:
+            continue
+        run = units[begin:end]
+        if os.preadv(descriptor, buffers[begin:end], run[0].offset) != sum(each.bytes for each in run):
+            raise BlobTruncatedError(f"blob {entry.digest}: layers {run[0].layer} to {unit.layer} end early")
+        begin = end
+    return buffers
