@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from runtime.errors import NonFiniteError
 from runtime.kernels.routing import balance_loss
 from runtime.model.attach import MixtureFFN
 from runtime.model.base import BaseModel
+from training.answer_loss import mean_cross_entropy
 from training.batches import Batch, Row, collate, shuffled_batches
 from training.config import TrainingConfig
 from training.team import Alone, Team
@@ -135,7 +135,7 @@ def answer_loss(base: BaseModel, batch: Batch) -> torch.Tensor:
     hidden = base.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
     # Only what is predicted goes through the head: [1, n, D].
     logits = _head_logits(base, hidden[batch.predicts].unsqueeze(0))[0]  # [n, V]
-    return cross_entropy(logits.float(), batch.targets)
+    return mean_cross_entropy(logits, batch.targets)
 
 
 def _head_logits(base: BaseModel, hidden: torch.Tensor) -> torch.Tensor:
