@@ -180,6 +180,32 @@ def test_a_prompt_that_is_located_nowhere_is_answered_by_the_base(
                 assert record["located"][place] == records["zero_shot"][-1]["given"][place]
 
 
+# ---- a locator fitted anew
+
+
+def test_a_locator_fitted_anew_in_the_same_way_decides_the_same(
+    whole: tuple[Path, dict[str, Any]], tiny_base: BaseModel, data: Path, tmp_path: Path
+) -> None:
+    work = shutil.copytree(whole[0], tmp_path / "work")
+    again = run(tiny_base, replace(contest_on(data, "sequential_lora", "per_task", "pgke"), relocate=True), work)
+    assert again == {name: whole[1][name] for name in again}
+
+
+def test_another_locator_is_measured_on_experts_that_stay(
+    whole: tuple[Path, dict[str, Any]], tiny_base: BaseModel, data: Path, tmp_path: Path
+) -> None:
+    work = shutil.copytree(whole[0], tmp_path / "work")
+    strict = replace(CONFIG, locator_density="vae", locator_steps=1, locator_false_abstain=0.9)
+    before = {path: path.read_bytes() for path in (work / "seed0").rglob("*") if path.is_file()}
+    with pytest.raises(InvalidInputError, match="was made with another locator_density"):
+        run(tiny_base, contest_on(data, "per_task"), work, strict)
+    found = run(tiny_base, replace(contest_on(data, "per_task"), relocate=True), work, strict)["per_task"]
+    stored = whole[1]["per_task"]
+    assert [record["given"] for record in found] == [record["given"] for record in stored]
+    assert [record["decisions"] for record in found] != [record["decisions"] for record in stored]
+    assert {path: path.read_bytes() for path in before} == before
+
+
 # ---- interruptions
 
 
@@ -268,7 +294,6 @@ def test_a_shared_adapter_comes_back_from_its_file(tiny_base: BaseModel, data: P
         for one, two in zip(ffn.experts.parameters(), other.experts.parameters(), strict=True):
             assert torch.equal(one, two)
     assert len(next(iter(first.ffns("signs").values())).experts) == DENSE_EXPERTS
-    assert first.locate(subject.prompts) is None
 
 
 def test_a_growing_contender_takes_up_the_generation_of_its_stage(

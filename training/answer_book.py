@@ -26,13 +26,13 @@ class AnswerBook:
     """
 
     def __init__(self, base: BaseModel, folder: Path) -> None:
-        self._base, self._folder = base, folder
+        self.base, self._folder = base, folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def identify(self, ffns: Mapping[int, MixtureFFN], subject: Subject) -> str:
         """Fingerprint of the base with `ffns` on the first prompts of a task."""
-        with attached(self._base.model, ffns):
-            return fingerprint(self._base, subject.prompts)
+        with attached(self.base.model, ffns):
+            return fingerprint(self.base, subject.prompts)
 
     def answers(
         self, who: str, ffns: Mapping[int, MixtureFFN], subject: Subject, chosen: Sequence[int] | None = None
@@ -50,8 +50,8 @@ class AnswerBook:
         known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         missing = [i for i in wanted if str(i) not in known]
         if missing:
-            with attached(self._base.model, ffns):
-                given = greedy_answers(self._base, [subject.questions[i] for i in missing])
+            with attached(self.base.model, ffns):
+                given = greedy_answers(self.base, [subject.questions[i] for i in missing])
             known |= {str(i): answer for i, answer in zip(missing, given, strict=True)}
             write_json(path, known)
         return [known[str(i)] for i in wanted]

@@ -30,6 +30,9 @@ SHARED = {"sequential_lora": 1, "moelora": DENSE_EXPERTS}
 GROWING = ("per_task", "everywhere", "pgke")
 """Own expert only; shared experts with a new one in every layer; shared experts with a new one where probing asks."""
 
+REPORTS = "reports"
+"""Folder, beside a growing contender's repertoire, of `training.report`'s reports."""
+
 
 class Contender(Protocol):
     """Learns stage after stage."""
@@ -43,10 +46,6 @@ class Contender(Protocol):
 
     def ffns(self, task: str) -> Mapping[int, MixtureFFN]:
         """What answers prompts of a task, as of the last stage that was learned."""
-        ...
-
-    def locate(self, prompts: Sequence[Sequence[int]]) -> list[str | None] | None:
-        """The task of every prompt, None for no task; None instead of a list where nobody can be asked."""
         ...
 
     def num_parameters(self, *, locating: bool) -> int:
@@ -77,10 +76,6 @@ class SharedContender:
         """See `Contender`."""
         return self._adapter.ffns
 
-    def locate(self, prompts: Sequence[Sequence[int]]) -> list[str | None] | None:  # noqa: ARG002
-        """Nobody is asked: there is nothing to choose."""
-        return None
-
     def num_parameters(self, *, locating: bool) -> int:  # noqa: ARG002
         """See `Contender`."""
         return self._adapter.num_parameters
@@ -92,7 +87,7 @@ class GrowingContender:
     promises = True
 
     def __init__(self, base: BaseModel, name: str, folder: Path, *, first_layer: int, config: TrainingConfig) -> None:
-        self._base = base
+        self._base, self._folder = base, folder
         self._repertoire = Repertoire(folder / "repertoire")
         self._config = replace(
             config,
@@ -105,15 +100,16 @@ class GrowingContender:
     def learn(self, stage: int, subject: Subject) -> None:
         """See `Contender`."""
         if (self._repertoire.head() or 0) <= stage:
-            add_task(self._repertoire, self._base, subject.data, self._config)
+            reports = self._folder / REPORTS / subject.name
+            add_task(self._repertoire, self._base, subject.data, self._config, report_folder=reports)
         self._opened = open_generation(self._repertoire, stage + 1)
 
     def ffns(self, task: str) -> Mapping[int, MixtureFFN]:
         """See `Contender`."""
         return load_mixture(self._repertoire, self._opened, task, self._base.model)
 
-    def locate(self, prompts: Sequence[Sequence[int]]) -> list[str | None] | None:
-        """See `Contender`."""
+    def locate(self, prompts: Sequence[Sequence[int]]) -> list[str | None]:
+        """The task of every prompt, None for no task."""
         found = features(self._base, prompts, self._opened.manifest.locator.layer)
         return [decision.task for decision in self._opened.locator.locate(found)]
 

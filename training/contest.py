@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from runtime.errors import InvalidInputError
 from runtime.model.attach import MixtureFFN
 from runtime.model.base import BaseModel
 from training.answer_book import AnswerBook, write_json
 from training.config import TrainingConfig
-from training.contenders import GROWING, SHARED, Contender, contender
-from training.score import exact_match
+from training.contenders import GROWING, SHARED, Contender, GrowingContender, contender
+from training.located import Record, located_answers, relocate, score_of
 from training.subject import Subject, read_strangers, read_subject
 
 CONTENDERS = ("zero_shot", *SHARED, *GROWING)
-NOBODY = "none"
-"""How a record writes that no task was located."""
-
-Record = dict[str, Any]
-"""What is kept of one stage; keys as in `_stage`."""
 
 OnStage = Callable[[int, str, int, Record], None]
 """Called with (seed, contender, stage, its record) when a stage is done or was found done."""
@@ -47,6 +40,7 @@ class Contest:
         train_rows: rows to learn per task, at most.
         test_rows: questions per task, at most.
         first_layer: lowest layer with experts, for all contenders.
+        relocate: fit the locator anew for tasks whose experts are trained; nothing else is computed again.
     """
 
     data: Path
@@ -56,6 +50,7 @@ class Contest:
     train_rows: int
     test_rows: int
     first_layer: int
+    relocate: bool = False
 
 
 def run_contest(
@@ -79,7 +74,7 @@ def run_contest(
     """
     folder = work / f"seed{config.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder / "settings.json", _settings(base, contest, config))
+    _claim(folder / "settings.json", _settings(base, contest, config), relocating=contest.relocate)
     sizes = {"train_rows": contest.train_rows, "test_rows": contest.test_rows}
     subjects = [read_subject(base, contest.data / name, config=config, **sizes) for name in contest.tasks]
     strangers = read_strangers(base, contest.data, contest.strangers, test_rows=contest.test_rows)
@@ -99,6 +94,9 @@ def run_contest(
                 write_json(path, _stage(book, learner, subjects[: stage + 1], strangers, before))
             records[name].append(json.loads(path.read_text(encoding="utf-8")))
             on_stage(config.seed, name, stage, records[name][-1])
+    if contest.relocate:
+        placed = replace(config, first_layer=contest.first_layer)
+        relocate(book, records, subjects=subjects, strangers=strangers, folder=folder, config=placed)
     return records
 
 
@@ -122,55 +120,29 @@ def _stage(
         "fingerprints": who,
         "moved": [name for name, known in before.items() if who[name] != known],
         "promises": learner is None or learner.promises,
-        "given": [_score(subject, book.answers(who[subject.name], ffns[subject.name], subject)) for subject in seen],
+        "given": [score_of(subject, book.answers(who[subject.name], ffns[subject.name], subject)) for subject in seen],
         "parameters": 0 if learner is None else learner.num_parameters(locating=False),
     }
-    if learner is not None and learner.locate(seen[0].prompts[:1]) is not None:
-        record |= _located(book, learner, seen, who, ffns)
-        record["strangers"] = Counter(task or NOBODY for task in learner.locate(strangers) or ()) if strangers else {}
+    if isinstance(learner, GrowingContender):
+        record |= located_answers(book, learner, learner, [(subject, who[subject.name]) for subject in seen], strangers)
         record["parameters_locating"] = learner.num_parameters(locating=True)
     return record | {"learn_s": round(learned - started, 2), "score_s": round(time.monotonic() - learned, 2)}
-
-
-def _located(
-    book: AnswerBook,
-    learner: Contender,
-    seen: Sequence[Subject],
-    who: Mapping[str, str],
-    ffns: Mapping[str, Mapping[int, MixtureFFN]],
-) -> Record:
-    """Answers when nobody names the task: each prompt by the task where it is located, or by the base alone."""
-    scores, decisions = [], {}
-    for subject in seen:
-        tasks = learner.locate(subject.prompts) or []
-        answers = [""] * len(tasks)
-        for task in sorted(set(tasks), key=str):
-            at = [i for i, located in enumerate(tasks) if located == task]
-            answerer = book.identify({}, subject) if task is None else who[task]
-            given = book.answers(answerer, {} if task is None else ffns[task], subject, at)
-            for i, answer in zip(at, given, strict=True):
-                answers[i] = answer
-        scores.append(_score(subject, answers))
-        decisions[subject.name] = Counter(task or NOBODY for task in tasks)
-    return {"located": scores, "decisions": decisions}
-
-
-def _score(subject: Subject, answers: Sequence[str]) -> float:
-    return exact_match(answers, [question.expected for question in subject.questions])
 
 
 def _settings(base: BaseModel, contest: Contest, config: TrainingConfig) -> Record:
     """What makes results comparable; contenders may be added later, and the folder of the data may move."""
     described = {"base": base.info.digest, "dtype": str(base.model.dtype), **asdict(config), **asdict(contest)}
-    del described["data"], described["contenders"]
+    del described["data"], described["contenders"], described["relocate"]
     loaded: Record = json.loads(json.dumps(described))
     return loaded
 
 
-def _claim(path: Path, settings: Record) -> None:
+def _claim(path: Path, settings: Record, *, relocating: bool) -> None:
     if not path.exists():
         write_json(path, settings)
     kept = json.loads(path.read_text(encoding="utf-8"))
     other = sorted(key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key))
+    if relocating:
+        other = [key for key in other if not key.startswith("locator_")]
     if other:
         raise InvalidInputError("work", str(path.parent), f"was made with another {', '.join(other)}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from training.contest import NOBODY, Record
+from training.located import NOBODY, Record
 from training.metrics import continual_metrics, seen_means, spread
 
 METRICS = ("mft", "mfn", "maa", "bwt")

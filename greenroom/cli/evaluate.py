@@ -61,6 +61,9 @@ def evaluate(
         float, typer.Option(help="Of calibrated: nats per token that masking a probe may cost.")
     ] = _DEFAULT.expansion_tolerance,
     probe_steps: Annotated[int, typer.Option(help="Steps of the probes.")] = _DEFAULT.probe_steps,
+    relocate: Annotated[
+        bool, typer.Option("--relocate", help="Fit the locator anew for experts that are trained already.")
+    ] = False,
 ) -> None:
     """Compare ways to learn tasks one after the other: what is learned, kept and lost, and what each trains."""
     from training.subject import check_tasks, other_tasks
@@ -83,6 +86,7 @@ def evaluate(
     from training.contest import CONTENDERS, Contest, run_contest
     from training.contest_result import result_of, table
     from training.forgetting_curve import draw_forgetting_curve
+    from training.freed_memory import keep_freed_memory
     from training.pictures import can_draw
     from training.precision import base_dtype
 
@@ -90,6 +94,7 @@ def evaluate(
     for name in chosen:
         if name not in CONTENDERS:
             raise InvalidInputError("methods", name, f"must be among {', '.join(CONTENDERS)}")
+    keep_freed_memory()
     place = torch.device(device_name(device, has_cuda=torch.cuda.is_available()))
     model = load_base(resolve_base(base, cache=cache_folder()), dtype=base_dtype(dtype, place), device=place)
     contest = Contest(
@@ -100,6 +105,7 @@ def evaluate(
         train_rows=train_rows,
         test_rows=test_rows,
         first_layer=model.info.num_layers // 3 if first_layer is None else first_layer,
+        relocate=relocate,
     )
     started, runs = time.monotonic(), {}
     for seed in _whole_numbers("seeds", seeds):

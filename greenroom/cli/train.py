@@ -166,9 +166,11 @@ def train(
     import torch
 
     from runtime.model.base import load_base, resolve_base
+    from training.freed_memory import keep_freed_memory
     from training.grow import add_task
     from training.precision import base_dtype
 
+    keep_freed_memory()
     name = device_name(device, has_cuda=torch.cuda.is_available())
     place = torch.device(name) if team is None else team.device
     folder = resolve_base(base, cache=cache_folder())
