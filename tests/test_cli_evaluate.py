@@ -50,6 +50,28 @@ def test_the_command_writes_results_a_table_and_a_curve(options: list[str], tmp_
     assert "seed 0 per_task after signs" in done.output
 
 
+def test_what_probing_decided_is_told_task_by_task(options: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(command(), [*options, "--methods", "pgke", "--probe-steps", "1"])
+    assert done.exit_code == 0, done.output
+    first, second = json.loads((tmp_path / "out" / "result.json").read_text())["growth"]["0"]
+    assert (first["task"], first["layers"], first["frequency"]) == ("letters", [1, 2, 3], {})
+    assert first["parameters_added"] == first["parameters_everywhere"]
+    assert (second["policy"], sorted(second["frequency"])) == ("paper", ["1", "2", "3"])
+    assert set(second["layers"]) < {1, 2, 3}
+    assert second["parameters_added"] < second["parameters_everywhere"]
+    assert (tmp_path / "out" / "result-growth.png").stat().st_size > 1000
+
+
+def test_a_locator_is_fitted_anew_on_a_finished_run(options: list[str], tmp_path: Path) -> None:
+    chosen = ["--methods", "per_task"]
+    results = []
+    for more in ([], ["--relocate"]):
+        done = CliRunner().invoke(command(), [*options, *chosen, *more])
+        assert done.exit_code == 0, done.output
+        results.append(json.loads((tmp_path / "out" / "result.json").read_text()))
+    assert results[0]["locator"] == results[1]["locator"]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -13,6 +13,7 @@ from typing import Any
 
 from training.located import NOBODY, Record
 from training.metrics import continual_metrics, seen_means, spread
+from training.report import TaskReport
 
 METRICS = ("mft", "mfn", "maa", "bwt")
 _LABELS = {
@@ -54,6 +55,19 @@ def result_of(runs: Mapping[int, Run], *, tasks: Sequence[str], lookalikes: Sequ
             if records[0]["promises"]
         },
         "skipped": "an answer is not computed again while the outputs of the mixture are bit-identical",
+    }
+
+
+def growth_of(report: TaskReport) -> dict[str, Any]:
+    """Of one task's report: the layers that got an expert, how often each layer's probe was chosen, and the cost."""
+    return {
+        "task": report.task,
+        "policy": report.policy,
+        "settings": dict(report.settings),
+        "layers": [layer.layer for layer in report.layers if layer.expanded],
+        "frequency": {layer.layer: round(layer.frequency, 4) for layer in report.layers if layer.frequency is not None},
+        "parameters_added": report.parameters_added,
+        "parameters_everywhere": report.parameters_everywhere,
     }
 
 

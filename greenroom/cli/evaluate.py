@@ -33,7 +33,7 @@ def evaluate(
     *,
     data: Annotated[Path, typer.Option(help="Folder of <task>/train.jsonl and test.jsonl.")],
     tasks: Annotated[str, typer.Option(help="Tasks in the order of their arrival: a,b,c.")],
-    output: Annotated[Path, typer.Option(help="Results as FILE.json; a table and a curve beside it as .md and .png.")],
+    output: Annotated[Path, typer.Option(help="Results as FILE.json; a table and pictures beside it.")],
     work: Annotated[Path, typer.Option(help="Folder that keeps what is finished.")],
     lookalike: Annotated[str, typer.Option(help="Tasks that resemble one another: a,b.")] = "",
     held_out: Annotated[
@@ -83,12 +83,14 @@ def evaluate(
     import torch
 
     from runtime.model.base import load_base, resolve_base
+    from training.contenders import REPORTS
     from training.contest import CONTENDERS, Contest, run_contest
-    from training.contest_result import result_of, table
+    from training.contest_result import growth_of, result_of, table
     from training.forgetting_curve import draw_forgetting_curve
     from training.freed_memory import keep_freed_memory
-    from training.pictures import can_draw
+    from training.pictures import can_draw, draw_growth
     from training.precision import base_dtype
+    from training.report import read_reports
 
     chosen = CONTENDERS if methods is None else _names(methods)
     for name in chosen:
@@ -139,11 +141,15 @@ def evaluate(
     }
     result = origin | {"settings": settings | {"held_out": list(strangers)}}
     result |= result_of(runs, tasks=learned, lookalikes=alike)
+    reports = {seed: read_reports(work / f"seed{seed}" / "pgke" / REPORTS) for seed in runs if "pgke" in chosen}
+    result["growth"] = {seed: [growth_of(report) for report in found] for seed, found in reports.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(table(result), encoding="utf-8")
     if can_draw():
         draw_forgetting_curve(result, output.with_suffix(".png"))
+        for found in [found for found in reports.values() if found][:1]:
+            draw_growth(found, output.with_name(f"{output.stem}-growth.png"))
     typer.echo(table(result))
     console.print(f"{output} written after {time.monotonic() - started:.0f} s")
 
