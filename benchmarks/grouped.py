@@ -1,8 +1,10 @@
 """Ways to mix frozen experts on composite instructions, compared: the figures of benchmarks/results/grouped.json.
 
 Grouped routing (AT-MoE) against a flat softmax with as many parameters, the uniform mean, the best single expert and
-Arrow. All see the same experts, one per intent; only the first two are trained, on the same composite rows.
-Read first: `exact` is the share of answers that are right as a whole, `parts` that of their parts, in points.
+Arrow. All see the same experts, one per intent, trained once; only the first two are trained, on the same composite
+rows, and seeds vary where their routers begin and the order of the rows.
+Read first: `exact` is the share of answers that are right as a whole, `parts` that of their parts, in points. It is
+resumable; what is finished lies in `--work`.
 
     python benchmarks/grouped.py --base smollm2 --seeds 0,1,2 --train-rows 480 --test-rows 120
 """
@@ -10,20 +12,20 @@ Read first: `exact` is the share of answers that are right as a whole, `parts` t
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import nn
 
+from greenroom.cli.evaluate import made_by
 from greenroom.cli.places import cache_folder
 from runtime.kernels.routing import top_k_weights
 from runtime.model.attach import MixtureFFN, attached
@@ -32,14 +34,18 @@ from runtime.model.expert import Expert
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
 from runtime.model.router_record import Grouping
+from training.answer_book import write_json
 from training.answers import Question, greedy_answers, question
 from training.arrow import arrow_routers
 from training.batches import Row, encode_row
 from training.composite_data import COMPOSITE, GROUPS, INTENTS, parts, write_composite_data
 from training.config import TrainingConfig
 from training.data import read_task_folder
-from training.grouped import GroupedRouting, frozen_mixture, train_routings
+from training.freed_memory import keep_freed_memory
+from training.grouped import GroupedRouting, MakeRouting, frozen_mixture, train_routings
 from training.grow import add_task
+from training.metrics import spread
+from training.precision import base_dtype
 from training.score import normalise
 
 RESULTS = Path(__file__).parent / "results" / "grouped.json"
@@ -114,17 +120,30 @@ def score(base: BaseModel, ffns: Mapping[int, MixtureFFN], questions: Sequence[Q
     return {"exact": 100 * statistics.mean(exact), "parts": 100 * statistics.mean(found)}
 
 
-def run_seed(
-    base: BaseModel, data: Path, work: Path, config: TrainingConfig, router_config: TrainingConfig
-) -> dict[str, dict[str, float]]:
-    """All methods with one seed."""
-    sets = experts_of(base, data, config, work)
-    composite, template = read_task_folder(data / COMPOSITE), default_template(base)
-    rows: list[Row] = [encode_row(base, template, e.input, e.output, max_tokens=512) for e in composite.train]
-    questions = [question(base, template.encode(base.tokenizer, e.input), e) for e in composite.test]
-    width = base.info.width
+@dataclass(frozen=True)
+class Bench:
+    """What all methods share."""
+
+    base: BaseModel
+    sets: Mapping[str, Mapping[int, Expert]]
+    rows: Sequence[Row]
+    questions: Sequence[Question]
+
+    def mixture(self, make: MakeRouting, seed: int) -> dict[int, MixtureFFN]:
+        """The experts under routings of their own."""
+        return frozen_mixture(self.base, self.sets, GROUP_OF, {}, make, seed=seed)
+
+    def constant(self, weights: Sequence[float]) -> dict[str, float]:
+        """Scores with the same weights for every token."""
+        ffns = self.mixture(lambda _labels, _general, _generator: ConstantRouting(weights), 0)
+        return {**score(self.base, ffns, self.questions), "trained_parameters": 0}
+
+
+def trained(bench: Bench, method: str, config: TrainingConfig) -> dict[str, float]:
+    """Train `grouped` or `flat` routers with one seed, and ask."""
+    width = bench.base.info.width
     grouping = Grouping(
-        groups=tuple(GROUP_OF[task] for task in sets),
+        groups=tuple(GROUP_OF[task] for task in bench.sets),
         scope="token",
         within="input",
         tau_group=1.0,
@@ -134,34 +153,35 @@ def run_seed(
         general=None,
     )
 
-    def mixture(make: object) -> dict[int, MixtureFFN]:
-        return frozen_mixture(base, sets, GROUP_OF, {}, make, seed=router_config.seed)  # type: ignore[arg-type]
+    def make(labels: Sequence[str], general: bool, generator: torch.Generator) -> nn.Module:
+        if method == "flat":
+            return FlatRouting(labels, width, generator)
+        return GroupedRouting(grouping, labels, width, has_general=general, generator=generator)
 
+    ffns = bench.mixture(make, config.seed)
+    train_routings(bench.base, ffns, bench.rows, name=COMPOSITE, summaries=None, config=config)
+    count = sum(p.numel() for ffn in ffns.values() for p in ffn.weigh.parameters())  # type: ignore[union-attr]
+    return {**score(bench.base, ffns, bench.questions), "trained_parameters": count}
+
+
+def untrained(bench: Bench) -> dict[str, dict[str, float]]:
+    """Arrow, the uniform mean and the best single expert: none of them is drawn, so one run says all."""
     results = {}
-    trained = {
-        "grouped": lambda labels, general, generator: GroupedRouting(
-            grouping, labels, width, has_general=general, generator=generator
-        ),
-        "flat": lambda labels, _general, generator: FlatRouting(labels, width, generator),
-    }
-    for name, make in trained.items():
-        ffns = mixture(make)
-        train_routings(base, ffns, rows, name=COMPOSITE, summaries=None, config=router_config)
-        count = sum(p.numel() for ffn in ffns.values() for p in ffn.weigh.parameters())  # type: ignore[union-attr]
-        results[name] = {**score(base, ffns, questions), "trained_parameters": count}
     for top_k in (1, 2):
-        layers = iter(arrow_routers(sets, width).values())
-        ffns = mixture(lambda _labels, _general, _generator: ArrowRouting(next(layers), top_k))  # noqa: B023
-        results[f"arrow_top_{top_k}"] = {**score(base, ffns, questions), "trained_parameters": 0}
-    ffns = mixture(lambda labels, _general, _generator: ConstantRouting([1 / len(labels)] * len(labels)))
-    results["uniform"] = {**score(base, ffns, questions), "trained_parameters": 0}
-    singles = []
-    for task in sets:
-        only = [float(other == task) for other in sets]
-        ffns = mixture(lambda _labels, _general, _generator: ConstantRouting(only))  # noqa: B023
-        singles.append(score(base, ffns, questions))
-    results["best_single"] = {**max(singles, key=lambda found: found["parts"]), "trained_parameters": 0}
+        layers = iter(arrow_routers(bench.sets, bench.base.info.width).values())
+        ffns = bench.mixture(lambda _labels, _general, _generator: ArrowRouting(next(layers), top_k), 0)  # noqa: B023
+        results[f"arrow_top_{top_k}"] = {**score(bench.base, ffns, bench.questions), "trained_parameters": 0}
+    results["uniform"] = bench.constant([1 / len(bench.sets)] * len(bench.sets))
+    singles = [bench.constant([float(other == task) for other in bench.sets]) for task in bench.sets]
+    results["best_single"] = max(singles, key=lambda found: found["parts"])
     return results
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever JSON holds
+    """What the file holds; made and written where it is missing."""
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main(
@@ -172,41 +192,48 @@ def main(
     test_rows: Annotated[int, typer.Option(help="Composite questions.")] = 120,
     epochs: Annotated[int, typer.Option(help="Passes, of experts and of routers.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Upper bound on steps of each training.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 12,
+    router_learning_rate: Annotated[float, typer.Option(help="Peak rate of routers, both kinds.")] = 1e-2,
     work: Annotated[Path | None, typer.Option(help="Keeps data and trained experts between runs.")] = None,
     output: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
     """Compare ways to mix frozen experts on composite instructions."""
-    started, folder = time.monotonic(), work or Path(tempfile.mkdtemp())
-    model = load_base(resolve_base(base, cache=cache_folder()), dtype=torch.float32, device=torch.device("cpu"))
-    runs = []
-    for seed in (int(text) for text in seeds.split(",")):
-        data = folder / f"data-{seed}"
-        write_composite_data(data, num_train=train_rows, num_test=test_rows, seed=seed)
-        config = TrainingConfig(seed=seed, epochs=epochs, max_steps=max_steps, visible="own")
-        runs.append(run_seed(model, data, folder / f"experts-{seed}", config, config))
-        print(json.dumps({"seed": seed, **runs[-1]}), flush=True)
+    keep_freed_memory()
+    folder, place = work or Path(tempfile.mkdtemp()), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_base(resolve_base(base, cache=cache_folder()), dtype=base_dtype("auto", place), device=place)
+    data = folder / "data"
+    write_composite_data(data, num_train=train_rows, num_test=test_rows, seed=0)
+    config = TrainingConfig(epochs=epochs, max_steps=max_steps, batch_size=batch_size, visible="own")
+    composite, template = read_task_folder(data / COMPOSITE), default_template(model)
+    bench = Bench(
+        model,
+        experts_of(model, data, config, folder / "experts"),
+        [encode_row(model, template, e.input, e.output, max_tokens=512) for e in composite.train],
+        [question(model, template.encode(model.tokenizer, e.input), e) for e in composite.test],
+    )
+    runs = {name: [found] for name, found in kept(folder / "untrained.json", lambda: untrained(bench)).items()}
+    chosen = [int(text) for text in seeds.split(",")]
+    for method in ("grouped", "flat"):
+        for seed in chosen:
+            seeded = replace(config, seed=seed, router_learning_rate=router_learning_rate)
+            make = partial(trained, bench, method, seeded)
+            runs.setdefault(method, []).append(kept(folder / f"{method}-{seed}.json", make))
+            print(json.dumps({"method": method, "seed": seed, **runs[method][-1]}), flush=True)
     methods = {
         name: {
-            "exact": round(statistics.mean(run[name]["exact"] for run in runs), 2),
-            "parts": round(statistics.mean(run[name]["parts"] for run in runs), 2),
-            "exact_spread": round(statistics.pstdev(run[name]["exact"] for run in runs), 2),
-            "parts_spread": round(statistics.pstdev(run[name]["parts"] for run in runs), 2),
-            "trained_parameters": int(runs[0][name]["trained_parameters"]),
+            "exact": round(statistics.mean(run["exact"] for run in found), 2),
+            "parts": round(statistics.mean(run["parts"] for run in found), 2),
+            "exact_sd": round(spread([run["exact"] for run in found]), 2),
+            "parts_sd": round(spread([run["parts"] for run in found]), 2),
+            "trained_parameters": int(found[0]["trained_parameters"]),
         }
-        for name in runs[0]
+        for name, found in runs.items()
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": " ".join(["python", "benchmarks/grouped.py", *sys.argv[1:]]),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "base": model.info.name,
-        "seeds": [int(text) for text in seeds.split(",")],
-        "train_rows": train_rows,
-        "test_rows": test_rows,
-        "seconds": round(time.monotonic() - started, 1),
-        "methods": methods,
-    }
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    origin = made_by(model.info.name, str(model.model.dtype), place.type)
+    settings = {"train_rows": train_rows, "test_rows": test_rows, "epochs": epochs, "max_steps": max_steps}
+    settings |= {"batch_size": batch_size, "router_learning_rate": router_learning_rate}
+    write_json(output, origin | {"seeds": chosen, "settings": settings, "methods": methods})
 
 
 if __name__ == "__main__":

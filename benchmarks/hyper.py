@@ -32,6 +32,7 @@ from training.answer_book import write_json
 from training.answers import greedy_answers
 from training.batches import Row, encode_row
 from training.config import TrainingConfig
+from training.freed_memory import keep_freed_memory
 from training.grow import add_task
 from training.held_out import held_out_loss
 from training.hyper import attach_hyper
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=800)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--max-steps", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--bottleneck", type=int, default=16)
     parser.add_argument("--factor", type=int, default=2)
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     tasks, targets = chosen.tasks.split(","), chosen.targets.split(",")
+    keep_freed_memory()
     check_tasks(chosen.data, "tasks", [*tasks, *targets])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve_base(chosen.base, cache=cache_folder())
@@ -172,6 +175,7 @@ def main() -> None:
     config = TrainingConfig(
         first_layer=base.info.num_layers // 3,
         rank=chosen.rank,
+        batch_size=chosen.batch_size,
         max_steps=chosen.max_steps,
         epochs=chosen.max_steps,
         hyper_bottleneck=chosen.bottleneck,

@@ -70,13 +70,17 @@ def train_router(
     from runtime.model.signature import Signer
     from training.compose import compose
     from training.data import read_task_folder
+    from training.freed_memory import keep_freed_memory
+    from training.precision import base_dtype
 
+    keep_freed_memory()
+    place = torch.device("cpu")
     console = Console(soft_wrap=True, highlight=False)
     task = read_task_folder(data)
     signer = Signer.load(key) if key else None
     folder = resolve_base(base, cache=cache_folder())
     with console.status(f"loading {base}"):
-        model = load_base(folder, dtype=torch.float32, device=torch.device("cpu"))
+        model = load_base(folder, dtype=base_dtype(config.dtype, place), device=place)
     with progress_bar(console, task.name) as (on_phase, on_progress):
         manifest = compose(
             Repertoire(repertoire),
