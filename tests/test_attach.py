@@ -127,3 +127,19 @@ def test_what_experts_cannot_be_attached_to_is_refused(tiny_base: BaseModel) -> 
         MixtureFFN(decoder_layers(tiny_base.model)[0].mlp, [expert], torch.zeros(2, width), top_k=1)
     with pytest.raises(TensorMismatchError, match=r"Linear has no model\.layers"):
         attached(nn.Linear(1, 1), {}).__enter__()
+
+
+def test_a_router_that_chooses_one_expert_learns_although_the_choice_weighs_one(tiny_base: BaseModel) -> None:
+    ffn = decoder_layers(tiny_base.model)[2].mlp
+    experts = [ExpertModule(random_expert(tiny_base, 2, seed=e), trainable=False) for e in range(3)]
+    router = torch.randn(3, tiny_base.info.width, generator=torch.Generator().manual_seed(7))
+    x = torch.randn(7, tiny_base.info.width, generator=torch.Generator().manual_seed(8))
+    trained = MixtureFFN(ffn, experts, nn.Parameter(router.clone()), top_k=1)  # type: ignore[arg-type]
+    served = MixtureFFN(ffn, experts, router, top_k=1)  # type: ignore[arg-type]
+    y = trained(x)
+    assert torch.equal(y, served(x))
+    assert trained.weights.unique().tolist() == [0.0, 1.0]
+    y.square().sum().backward()
+    gradient = trained.router.grad
+    assert gradient is not None
+    assert float(gradient.abs().max()) > 0

@@ -138,7 +138,13 @@ class MixtureFFN(nn.Module):
         self.logits = flat.float() @ self.router.t()
         k = torch.full((flat.shape[0],), self.top_k, device=flat.device)
         allowed = torch.ones_like(self.logits, dtype=torch.bool)
-        return top_k_weights(self.logits, allowed, k, self.top_k)
+        weights = top_k_weights(self.logits, allowed, k, self.top_k)
+        if self.top_k == 1 and self.router.requires_grad:
+            # A single choice weighs 1 whatever its logit, so its router would learn nothing. It gets the gradient that
+            # its probability would have (as in Switch Transformers); the value stays 1 to the bit (ours).
+            shares = torch.softmax(self.logits, dim=1)
+            weights = weights + (shares - shares.detach()) * (weights > 0)
+        return weights
 
     def updated(self, target: Target, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`y + sum_e weights_e * scale_e * B_e A_e x`: x [T, in], y [T, out]."""
