@@ -220,8 +220,10 @@ def test_one_seed_gives_one_generation_and_another_seed_another(tiny_base: BaseM
 
     one, same, other = made("one", 0), made("same", 0), made("other", 1)
     assert one.to_json() == same.to_json()
-    # What the reference prompts alone decide is shared.
-    assert one.blob_digests() & other.blob_digests() == {one.locator.frame, one.arrival.frame}
+    # What prompts alone decide is shared: frames, backgrounds and Gaussian densities.
+    refs = [digest for ref in (one.locator, one.arrival) for digest in (ref.frame, ref.background)]
+    densities = [entry.digest for task in one.tasks for entry in (task.locator, task.arrival)]
+    assert one.blob_digests() & other.blob_digests() == {*refs, *densities}
 
 
 def test_a_new_repertoire_starts_its_experts_at_a_third_of_the_depth(tiny_base: BaseModel, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     """
     if logits.device.type != "cpu":
         return cross_entropy(logits.float(), targets)
-    loss: torch.Tensor = _MeanCrossEntropy.apply(logits, targets)
+    loss: torch.Tensor = _MeanCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -52,6 +52,6 @@ class _MeanCrossEntropy(torch.autograd.Function):
         return (total / num).float()
 
     @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
         (gradient,) = ctx.saved_tensors
         return gradient * slope.to(gradient.dtype), None

@@ -24,7 +24,8 @@ from runtime.errors import InvalidInputError
 from training.config import Dtype, Expansion, TrainingConfig
 
 if TYPE_CHECKING:
-    from training.contest import Contest, Record
+    from training.contest import Contest
+    from training.located import Record
 
 _DEFAULT = TrainingConfig(expansion="paper")
 
