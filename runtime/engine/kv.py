@@ -8,9 +8,11 @@ zero pages that the kernel has not yet made. The budget counts tokens that runni
 from __future__ import annotations
 
 import heapq
+import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from runtime.errors import BudgetError
@@ -102,6 +104,11 @@ class KVCache:
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    # torch.zeros writes every page; numpy leaves them to the kernel until they are first written.
-    raw = {2: np.int16, 4: np.int32}[dtype.itemsize]
-    return torch.from_numpy(np.zeros(size, dtype=raw)).view(dtype)
+    # torch.zeros writes every page; these are left to the kernel until they are first written. Huge pages would make
+    # whole slots resident for a few tokens.
+    count = math.prod(size)
+    pages = mmap.mmap(-1, max(1, count) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages refuses
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(size)

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "simd.h"
 
@@ -34,6 +36,25 @@ struct Pages {
   ~Pages() { munmap(data, bytes); }
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
+};
+
+// Pieces of pages, one after the other, so that small matrices share them; given back all at once.
+class Arena {
+ public:
+  uint8_t* take(size_t wanted) {
+    wanted = size_t(up(int64_t(wanted), 4096));
+    if (chunks_.empty() || used_ + wanted > chunks_.back()->bytes) {
+      chunks_.push_back(std::make_unique<Pages>(std::max(wanted, size_t(CHUNK))));
+      used_ = 0;
+    }
+    used_ += wanted;
+    return chunks_.back()->data + used_ - wanted;
+  }
+
+ private:
+  static constexpr int64_t CHUNK = 32 << 20;
+  std::vector<std::unique_ptr<Pages>> chunks_;
+  size_t used_ = 0;
 };
 
 struct Matrix {
@@ -90,10 +111,10 @@ inline float group_scale(const float* w, int64_t count, int limit) {
   return best;
 }
 
-// Row r of the packed matrix is row source(r) of w.
+// Rows begin .. end - 1; row r of the packed matrix is row source(r) of w.
 template <class Source>
-inline void pack(const Matrix& m, const float* w, Source&& source) {
-  for (int64_t row = 0; row < m.rows; ++row) {
+inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end_row, Source&& source) {
+  for (int64_t row = begin_row; row < end_row; ++row) {
     uint8_t* block = m.codes + row / LANES * m.block_bytes;
     const int64_t lane = row % LANES;
     const float* x = w + source(row) * m.cols;

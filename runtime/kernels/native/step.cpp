@@ -21,7 +21,6 @@ struct Config {
 };
 
 struct Layer {
-  std::unique_ptr<Pages> pages[4];
   Matrix qkv, out, gate_up, down;
   std::vector<float> attention_norm, ffn_norm;
   std::vector<float> qkv_bias, q_norm, k_norm;  // empty where the model has none
@@ -65,7 +64,7 @@ struct Model {
   Config c;
   Team team;
   std::vector<Layer> layers;
-  std::unique_ptr<Pages> head_pages;
+  Arena arena;  // of all matrices
   Matrix head;
   std::vector<float> final_norm, cos, sin;
   Cache cache{};
@@ -392,9 +391,11 @@ void* gr_create(const Config* config) {
 
 void gr_destroy(void* model) { delete static_cast<Model*>(model); }
 
-// Take over one weight, given as float32: which = 0 qkv, 1 out, 2 gate and up, 3 down, 4 head (matrices [rows, cols]);
-// 5 attention norm, 6 FFN norm, 7 final norm, 8 cos, 9 sin, 10 qkv bias, 11 q norm, 12 k norm (vectors). Returns 0, or 1 without memory.
-int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows, int64_t cols, int kind) {
+// Take over rows first .. first + count - 1 of one weight, given as float32: which = 0 qkv, 1 out, 2 gate and up, 3 down,
+// 4 head (matrices [rows, cols], from row 0 on; gate and up at once); 5 attention norm, 6 FFN norm, 7 final norm, 8 cos,
+// 9 sin, 10 qkv bias, 11 q norm, 12 k norm (vectors, at once). Returns 0, or 1 without memory.
+int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows, int64_t cols, int kind, int64_t first,
+           int64_t count) {
   Model& m = *static_cast<Model*>(handle);
   if (which >= 5) {
     Layer& l = m.layers[layer];
@@ -405,16 +406,17 @@ int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows,
   }
   Layer& l = m.layers[layer];
   Matrix* matrices[] = {&l.qkv, &l.out, &l.gate_up, &l.down, &m.head};
-  std::unique_ptr<Pages>& pages = which == 4 ? m.head_pages : l.pages[which];
-  try {
-    pages = std::make_unique<Pages>(matrix_bytes(Kind(kind), rows, cols));
-  } catch (const std::bad_alloc&) {
-    return 1;
+  Matrix& matrix = *matrices[which];
+  if (first == 0) {
+    try {
+      matrix = view(Kind(kind), rows, cols, m.arena.take(matrix_bytes(Kind(kind), rows, cols)));
+    } catch (const std::bad_alloc&) {
+      return 1;
+    }
   }
-  *matrices[which] = view(Kind(kind), rows, cols, pages->data);
   const int64_t half = rows / 2;
-  pack(*matrices[which], w, [&](int64_t r) {  // gate and up alternate, block by block
-    return which != 2 ? r : r % 32 < 16 ? r / 32 * 16 + r % 16 : half + r / 32 * 16 + r % 16;
+  pack(matrix, w, first, first + count, [&](int64_t r) {  // gate and up alternate, block by block
+    return (which != 2 ? r : r % 32 < 16 ? r / 32 * 16 + r % 16 : half + r / 32 * 16 + r % 16) - first;
   });
   return 0;
 }

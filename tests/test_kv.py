@@ -1,0 +1,40 @@
+"""The KV cache: memory that is there only once it is written."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.engine.kv import KVCache, KVShape
+
+SHAPE = KVShape(num_layers=8, num_heads=2, head_width=64, context=8192)
+
+
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """Of the mapping that a tensor lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if found:
+            inside = int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the tensor lies nowhere")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what is resident")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_takes_memory_as_tokens_are_written_to_it(dtype: torch.dtype) -> None:
+    cache = KVCache(SHAPE, num_slots=16, budget_bytes=1 << 40, dtype=dtype, device=torch.device("cpu"))
+    token_bytes = SHAPE.token_bytes(dtype) // 2
+    planes = SHAPE.num_layers * SHAPE.num_heads
+    for slot in range(4):
+        cache.keys[:, slot, :, :3] = 1
+    assert resident_bytes(cache.keys) <= 4 * (planes * 4096 + 3 * token_bytes)
+    assert cache.keys.nbytes > 100 << 20
+    assert float(cache.keys[:, :4, :, :3].float().mean()) == 1
+    assert not cache.keys[:, 4:5, :, :1].any()
