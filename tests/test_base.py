@@ -25,13 +25,13 @@ from runtime.model.base import (
     KNOWN_BASES,
     BaseModel,
     describe_base,
-    find_and_load_base,
     known_base_folder,
     load_base,
     quiet_transformers,
     resolve_base,
 )
 from runtime.model.smollm2 import GGUF_MEMBER, get_smollm2
+from runtime.model.stored_base import open_base
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def real_base(real_base_folder: Path, opened: list[str]) -> BaseModel:
 
     sys.addaudithook(look)  # which cannot be taken away again
     cache = real_base_folder.parent.parent
-    base = find_and_load_base("smollm2", cache=cache, dtype=torch.float32, device=torch.device("cpu"))
+    base = open_base("smollm2", cache=cache).load(dtype=torch.float32, device=torch.device("cpu"))
     looking = False
     return base
 
@@ -271,10 +271,10 @@ def test_a_known_base_is_found_and_loaded_with_its_weights_hashed_once(
 
 
 def test_a_folder_is_found_and_loaded_as_by_its_parts(tiny_base_folder: Path, tmp_path: Path) -> None:
-    base = find_and_load_base(str(tiny_base_folder), cache=tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+    base = open_base(str(tiny_base_folder), cache=tmp_path)
     assert base.info == describe_base(tiny_base_folder)
     with pytest.raises(UnknownBaseError, match="greenroom base get smollm2"):
-        find_and_load_base("smollm2", cache=tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+        open_base("smollm2", cache=tmp_path)
 
 
 def test_real_base_splits_digits_one_by_one(real_base: BaseModel) -> None:

@@ -10,11 +10,11 @@ from greenroom.cli.engine_flags import EngineFlags
 from greenroom.cli.places import cache_folder
 from runtime.engine.engine import Engine
 from runtime.engine.follower import open_held
-from runtime.engine.step_model import load_dtype, make_step_model
-from runtime.model.base import find_and_load_base
+from runtime.engine.step_model import load_step_model
 from runtime.model.generation import check_base
 from runtime.model.repertoire import Repertoire
 from runtime.model.signature import TrustPolicy
+from runtime.model.stored_base import open_base
 
 
 def open_repertoire(flags: EngineFlags) -> Repertoire:
@@ -39,13 +39,13 @@ def build_engine(flags: EngineFlags, *, number: int | None = None) -> Engine:
     generation.densities.read_ahead()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = flags.base or generation.manifest.base.name
-    base = find_and_load_base(named, cache=cache_folder(), dtype=load_dtype(flags.dtype), device=device)
+    base = open_base(named, cache=cache_folder())
     check_base(generation.manifest, base.info)
-    max_context = min(flags.limits.max_context, base.model.config.max_position_embeddings)
     return Engine(
-        make_step_model(
-            base.model,
-            max_context=max_context,
+        load_step_model(
+            base,
+            device=device,
+            max_context=flags.limits.max_context,
             weights=flags.dtype,
             step=flags.step,
             folder=cache_folder() / "native",

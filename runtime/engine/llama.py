@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import silu
-from transformers import PreTrainedModel
 
 from runtime.engine.attention import AttentionPlan
 from runtime.engine.explain import RouteWatch
@@ -20,6 +20,7 @@ from runtime.engine.kv import KVCache, KVShape
 from runtime.engine.linears import Keep, Linear, keep_dense
 from runtime.engine.stage import Stage, StagedLayer
 from runtime.errors import InvalidInputError
+from runtime.model.llama_source import FINAL_NORM, LlamaSource, ModuleSource
 from runtime.model.manifest import Target
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -62,7 +63,7 @@ class LlamaModel:
     `transformers` computes them.
 
     Args:
-        model: a Hugging Face model; its layers' weights are taken over, it cannot be used afterwards.
+        model: where the weights come from; a Hugging Face model cannot be used afterwards.
         max_context: positions to prepare.
         keep: in which form matrices are kept.
         dtype: of the residual stream, `self.dtype`; None takes the weights'. Keys and values are of `kv_dtype`, the
@@ -74,20 +75,21 @@ class LlamaModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel | LlamaSource,
         *,
         max_context: int,
         keep: Keep = keep_dense,
         dtype: torch.dtype | None = None,
     ) -> None:
-        config = model.config
+        source = ModuleSource(model) if isinstance(model, torch.nn.Module) else model
+        config = source.config
         check_supported(config, max_context)
         self.max_context = max_context
-        self.embedding: torch.Tensor = model.model.embed_tokens.weight.detach()
-        self.head: Linear = keep("head", 0, model.lm_head.weight.detach())
-        self.dtype, self.kv_dtype = dtype or self.embedding.dtype, self.embedding.dtype
-        self.device = self.embedding.device
-        self.final_norm: torch.Tensor = model.model.norm.weight.detach().to(self.dtype)
+        self.embedding = source.embedding()
+        self.head: Linear = keep("head", 0, source.head())
+        self.dtype, self.kv_dtype = dtype or source.dtype, source.dtype
+        self._weight_dtype, self.device = source.dtype, source.device
+        self.final_norm = _taken(source, FINAL_NORM).to(self.dtype)
         self.epsilon = float(config.rms_norm_eps)
         self.width = int(config.hidden_size)
         self.ffn_width = int(config.intermediate_size)
@@ -97,14 +99,11 @@ class LlamaModel:
         attention_width, kv_width = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
         self._heights: dict[Target, int] = {"q": attention_width, "k": kv_width, "v": kv_width}
         self._heights |= {"o": self.width, "gate": self.ffn_width, "up": self.ffn_width, "down": self.width}
-        positions = torch.arange(max_context, device=self.device).unsqueeze(0)
-        cos, sin = model.model.rotary_emb(self.embedding[:1].float(), positions)
-        self.cos, self.sin = cos[0].to(self.dtype), sin[0].to(self.dtype)
+        self.cos, self.sin = (table.to(self.dtype) for table in source.rotary(max_context))
         self.layers: list[LlamaLayer] = []
-        modules = model.model.layers
-        while len(modules):  # one layer at a time, so that the weights are never held twice as a whole
-            self.layers.append(_fuse(modules[0], len(self.layers), keep, self.dtype))
-            del modules[0]
+        for index in range(int(config.num_hidden_layers)):  # one at a time: the weights are never held twice as a whole
+            self.layers.append(_fuse(source, index, keep, self.dtype))
+            source.end_layer(index)
 
     def kv_shape(self) -> KVShape:
         """Sizes of the KV cache that this model needs."""
@@ -117,7 +116,7 @@ class LlamaModel:
 
     def embed(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002 - rotary
         """[T] -> [T, D], a new tensor, wherever the tokens stand."""
-        return self.embedding[ids].to(self.dtype)
+        return self.embedding[ids].to(self._weight_dtype).to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Residual stream after the last layer -> logits: [T, D] -> [T, V] float32."""
@@ -205,26 +204,32 @@ def _weigh(mixtures: MixtureRows | None, staged: StagedLayer, x: torch.Tensor) -
     return staged.router.weigh(x, mixtures.rows)
 
 
-def _fuse(module: Any, index: int, keep: Keep, dtype: torch.dtype) -> LlamaLayer:  # noqa: ANN401 - untyped modules
-    attention, ffn = module.self_attn, module.mlp
-    qkv = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
-    gate_up = [getattr(ffn, name).weight.detach() for name in ("gate_proj", "up_proj")]
+def _fuse(source: LlamaSource, index: int, keep: Keep, dtype: torch.dtype) -> LlamaLayer:
+    def taken(name: str) -> torch.Tensor:
+        return _taken(source, f"model.layers.{index}.{name}")
 
-    def norm(owner: Any, name: str) -> torch.Tensor | None:  # noqa: ANN401 - as above
-        found = getattr(owner, name, None)
-        return None if found is None else found.weight.detach().to(dtype)
+    def vector(name: str) -> torch.Tensor | None:
+        found = source.take(f"model.layers.{index}.{name}")
+        return None if found is None else found.to(dtype)
 
+    biases = [vector(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
     return LlamaLayer(
-        attention_norm=module.input_layernorm.weight.detach().to(dtype),
-        qkv=keep("qkv", index, torch.cat([each.weight.detach() for each in qkv])),
-        qkv_bias=None if qkv[0].bias is None else torch.cat([each.bias.detach() for each in qkv]).to(dtype),
-        q_norm=norm(attention, "q_norm"),
-        k_norm=norm(attention, "k_norm"),
-        out=keep("out", index, attention.o_proj.weight.detach()),
-        ffn_norm=module.post_attention_layernorm.weight.detach().to(dtype),
-        gate_up=keep("gate_up", index, torch.cat(gate_up)),
-        down=keep("down", index, ffn.down_proj.weight.detach()),
+        attention_norm=taken("input_layernorm.weight").to(dtype),
+        qkv=keep("qkv", index, torch.cat([taken(f"self_attn.{name}_proj.weight") for name in ("q", "k", "v")])),
+        qkv_bias=None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None]),
+        q_norm=vector("self_attn.q_norm.weight"),
+        k_norm=vector("self_attn.k_norm.weight"),
+        out=keep("out", index, taken("self_attn.o_proj.weight")),
+        ffn_norm=taken("post_attention_layernorm.weight").to(dtype),
+        gate_up=keep("gate_up", index, torch.cat([taken(f"mlp.{name}_proj.weight") for name in ("gate", "up")])),
+        down=keep("down", index, taken("mlp.down_proj.weight")),
     )
+
+
+def _taken(source: LlamaSource, name: str) -> torch.Tensor:
+    found = source.take(name)
+    assert found is not None, f"a model that is supported has {name}"
+    return found
 
 
 def check_supported(config: Any, max_context: int) -> None:  # noqa: ANN401 - untyped

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from runtime.engine.attention import AttentionPlan
 from runtime.engine.explain import RouteWatch
@@ -25,6 +25,7 @@ from runtime.errors import UnsupportedDeviceError
 from runtime.kernels.native_step import MAX_K, NativeColumn, NativeMixture, NativeStage, NativeStep, StepShape
 from runtime.kernels.step_kinds import WeightKind
 from runtime.model.expert import Expert
+from runtime.model.llama_source import LlamaSource
 from runtime.model.mixture import Mixture
 
 
@@ -32,7 +33,7 @@ class NativeLlama(LlamaModel):
     """As `LlamaModel`; the residual stream is float32.
 
     Args:
-        model: a Hugging Face model on the CPU; taken over.
+        model: on the CPU; see `LlamaModel`.
         max_context: positions to prepare.
         library: from `runtime.kernels.native_build.build`.
         weights: how matrices are kept; see `NativeStep`.
@@ -46,7 +47,13 @@ class NativeLlama(LlamaModel):
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_context: int, library: Path, weights: WeightKind, threads: int
+        self,
+        model: transformers.PreTrainedModel | LlamaSource,
+        *,
+        max_context: int,
+        library: Path,
+        weights: WeightKind,
+        threads: int,
     ) -> None:
         config = model.config
         check_supported(config, max_context)

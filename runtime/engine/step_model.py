@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from runtime.engine.linears import Keep, keep_dense, keep_int4, keep_int8
 from runtime.engine.llama import LlamaModel, check_supported
-from runtime.engine.module_model import ModuleModel
 from runtime.engine.native_llama import NativeLlama
 from runtime.engine.step_protocol import StepModel
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
+from runtime.kernels.freed_memory import give_back
 from runtime.kernels.native_build import build
 from runtime.kernels.step_kinds import StepKind, WeightKind
+from runtime.model.llama_source import LlamaSource
+from runtime.model.stored_base import StoredBase
 
 _log = logging.getLogger(__name__)
 _KEEP: dict[WeightKind, Keep] = {
@@ -37,8 +39,51 @@ def load_dtype(weights: WeightKind) -> torch.dtype:
     return torch.float32 if weights == "float32" else torch.bfloat16
 
 
+def load_step_model(
+    base: StoredBase,
+    *,
+    device: torch.device,
+    max_context: int,
+    weights: WeightKind,
+    step: StepKind,
+    folder: Path,
+    threads: int,
+) -> StepModel:
+    """The step of a base, with its weights; a context longer than the base reads is cut to that.
+
+    Where our own steps know the base, its weights are packed as they are read, and no model of `transformers` is made.
+
+    Args:
+        base: opened.
+        device: where it computes.
+        max_context: positions to prepare at most.
+        weights: see `make_step_model`, as for the others.
+        step: likewise.
+        folder: likewise.
+        threads: likewise.
+
+    Raises:
+        UnknownBaseError: its weights cannot be loaded.
+        UnsupportedDeviceError, InvalidInputError: see `make_step_model`.
+    """
+    model: transformers.PreTrainedModel | LlamaSource | None = base.source(dtype=load_dtype(weights), device=device)
+    if model is not None:
+        max_context = min(max_context, model.config.max_position_embeddings)
+        try:
+            check_supported(model.config, max_context)
+        except InvalidInputError:
+            model = None
+    if model is None:
+        model = base.load(dtype=load_dtype(weights), device=device).model
+        max_context = min(max_context, model.config.max_position_embeddings)
+    made = make_step_model(model, max_context=max_context, weights=weights, step=step, folder=folder, threads=threads)
+    del model
+    give_back()
+    return made
+
+
 def make_step_model(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel | LlamaSource,
     *,
     max_context: int,
     weights: WeightKind,
@@ -46,7 +91,7 @@ def make_step_model(
     folder: Path,
     threads: int,
 ) -> StepModel:
-    """Take over a Hugging Face model.
+    """Take over a Hugging Face model, or the weights of one.
 
     Args:
         model: loaded in `load_dtype(weights)`.
@@ -66,7 +111,7 @@ def make_step_model(
     try:
         check_supported(model.config, max_context)
     except InvalidInputError as error:
-        if step == "native":
+        if step == "native" or not isinstance(model, torch.nn.Module):
             raise
         _log.info("steps run through the base's own modules: %s", error)
         return _module_model(model, max_context=max_context, weights=weights)
@@ -83,7 +128,10 @@ def make_step_model(
     return LlamaModel(model, max_context=max_context, keep=_KEEP[weights])
 
 
-def _module_model(model: PreTrainedModel, *, max_context: int, weights: WeightKind) -> ModuleModel:
+def _module_model(model: transformers.PreTrainedModel, *, max_context: int, weights: WeightKind) -> StepModel:
+    # This imports the models of `transformers`, which takes seconds.
+    from runtime.engine.module_model import ModuleModel
+
     if _KEEP[weights] is not keep_dense:
         plain = ", ".join(kind for kind, keep in _KEEP.items() if keep is keep_dense)
         raise InvalidInputError("weights", weights, f"a {type(model).__name__} runs with {plain}")

@@ -9,7 +9,6 @@ otherwise than there, where the sum of the whole vocabulary is rounded.
 from __future__ import annotations
 
 import torch
-from transformers import TopPLogitsWarper
 
 from runtime.engine.request import SamplingParams
 
@@ -41,6 +40,8 @@ def _top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
     largest, tokens = scores.topk(min(CANDIDATES, scores.shape[0]))
     mass = (largest.double() - torch.logsumexp(scores, 0).double()).exp().cumsum(0)
     if mass[-1] < top_p and len(tokens) < len(scores):
+        from transformers import TopPLogitsWarper  # whose import takes seconds, and this is rare
+
         every: torch.Tensor = TopPLogitsWarper(top_p)(None, scores.unsqueeze(0))
         return every[0]
     num_kept = 1 + int((mass[:-1] < top_p).sum())

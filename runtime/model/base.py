@@ -52,6 +52,7 @@ _VOLATILE_KEYS = frozenset(
     }
 )
 _TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+_PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _READ_BYTES = 1 << 20
 
 
@@ -123,7 +124,7 @@ def describe_base(folder: Path) -> BaseInfo:
     tokenizer_files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not tokenizer_files:
         raise UnknownBaseError(f"{folder} is no base model: it has no tokenizer.json")
-    config = _read_json_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     # Multimodal configs keep the language model's sizes one level down.
     nested = config.get("text_config")
     sizes = _with_usual_names({**config, **nested} if isinstance(nested, dict) else config)
@@ -178,6 +179,16 @@ def resolve_base(name_or_path: str, *, cache: Path) -> Path:
     return _find(name_or_path, cache)[0]
 
 
+def find_base(name_or_path: str, *, cache: Path) -> tuple[Path, BaseInfo]:
+    """`resolve_base` and `describe_base` in one, which reads every byte for its digest once and not twice.
+
+    Raises:
+        UnknownBaseError, InvalidInputError: as for these.
+    """
+    folder, info = _find(name_or_path, cache)
+    return folder, info or describe_base(folder)
+
+
 def _find(name_or_path: str, cache: Path) -> tuple[Path, BaseInfo | None]:
     """The folder, and what it holds if finding it took reading it."""
     if name_or_path in KNOWN_BASES:
@@ -195,16 +206,6 @@ def _find(name_or_path: str, cache: Path) -> tuple[Path, BaseInfo | None]:
     return folder, None
 
 
-def find_and_load_base(name_or_path: str, *, cache: Path, dtype: torch.dtype, device: torch.device) -> BaseModel:
-    """`resolve_base` and `load_base` in one, which reads every byte for its digest once and not twice.
-
-    Raises:
-        UnknownBaseError, InvalidInputError: as for these.
-    """
-    folder, info = _find(name_or_path, cache)
-    return _load(folder, info or describe_base(folder), dtype, device)
-
-
 def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
     """Load the base in `folder`, frozen and in eval mode; asks no network and runs no code from the folder.
 
@@ -218,27 +219,25 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Base
             end token.
         InvalidInputError: as for `describe_base`.
     """
-    return _load(folder, describe_base(folder), dtype, device)
+    return load_described(folder, describe_base(folder), dtype=dtype, device=device)
 
 
-def _load(folder: Path, info: BaseInfo, dtype: torch.dtype, device: torch.device) -> BaseModel:
+def load_described(folder: Path, info: BaseInfo, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """`load_base` of a folder that `describe_base` has read already."""
     with quiet_transformers():
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UnknownBaseError(f"{folder} does not load as a causal LM: {error}") from error
     # `transformers` fills what is missing with random numbers and only warns.
     for problem in ("missing_keys", "mismatched_keys"):
         if loading[problem]:
             raise UnknownBaseError(f"{folder} does not load as a causal LM: {problem} {sorted(loading[problem])[:3]}")
-    if not tokenizer.is_fast:
-        raise UnknownBaseError(f"{folder} has no fast tokenizer (tokenizer.json)")
-    eos_token_ids = _eos_token_ids(model.generation_config, tokenizer)
-    if not eos_token_ids:
-        raise UnknownBaseError(f"{folder} names no end token in generation_config.json or its tokenizer")
+    tokenizer = load_tokenizer(folder)
+    told = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos_token_ids = end_tokens(folder, told, tokenizer)
     model.to(device).eval().requires_grad_(requires_grad=False)
     return BaseModel(model, tokenizer, info, eos_token_ids)
 
@@ -258,16 +257,41 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _eos_token_ids(
-    generation_config: transformers.GenerationConfig | None, tokenizer: transformers.PreTrainedTokenizerFast
+def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    """The base's tokenizer.
+
+    Raises:
+        UnknownBaseError: it cannot be loaded, or has no fast form.
+    """
+    try:
+        named = read_json_object(folder / "tokenizer_config.json").get("tokenizer_class")
+    except (OSError, InvalidInputError):
+        named = None
+    # These need nothing but tokenizer.json; to look for others `transformers` imports all of its models.
+    loads = transformers.PreTrainedTokenizerFast if named in _PLAIN_TOKENIZERS else transformers.AutoTokenizer
+    with quiet_transformers():
+        try:
+            tokenizer = loads.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UnknownBaseError(f"{folder}: its tokenizer does not load: {error}") from error
+    if not tokenizer.is_fast:
+        raise UnknownBaseError(f"{folder} has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def end_tokens(
+    folder: Path, told: int | list[int] | None, tokenizer: transformers.PreTrainedTokenizerFast
 ) -> tuple[int, ...]:
-    """End tokens: those of the generation config, else the tokenizer's."""
-    found = generation_config.eos_token_id if generation_config is not None else None
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        return ()
-    return tuple(int(token_id) for token_id in found) if isinstance(found, list | tuple) else (int(found),)
+    """Tokens that end an answer: those that the generation config tells, else the tokenizer's.
+
+    Raises:
+        UnknownBaseError: neither names one.
+    """
+    found = tokenizer.eos_token_id if told is None else told
+    ids = tuple(int(token_id) for token_id in found) if isinstance(found, list | tuple) else (found,)
+    if not ids or ids[0] is None:
+        raise UnknownBaseError(f"{folder} names no end token in generation_config.json or its tokenizer")
+    return tuple(int(token_id) for token_id in ids)
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -277,7 +301,7 @@ def _digest(files: Iterable[Path]) -> str:
         name = path.name.encode()
         total.update(len(name).to_bytes(8, "little") + name)
         if path.suffix == ".json" and path.name != "tokenizer.json":
-            stable = {key: value for key, value in _read_json_object(path).items() if key not in _VOLATILE_KEYS}
+            stable = {key: value for key, value in read_json_object(path).items() if key not in _VOLATILE_KEYS}
             content = json.dumps(stable, sort_keys=True, separators=(",", ":")).encode()
             total.update(len(content).to_bytes(8, "little") + content)
             continue
@@ -288,7 +312,8 @@ def _digest(files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises InvalidInputError for anything else, OSError where there is no file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
