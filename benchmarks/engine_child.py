@@ -15,6 +15,7 @@ import os
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -30,12 +31,11 @@ from runtime.engine.engine import Engine
 from runtime.engine.native_llama import NativeLlama
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Request, SamplingParams, TokenDelta
-from runtime.engine.step_model import load_dtype, make_step_model
-from runtime.model.base import BaseModel, load_base, resolve_base
+from runtime.engine.step_model import load_step_model
+from runtime.model.base import BaseModel
 from runtime.model.generation import open_generation
 from runtime.model.repertoire import Repertoire
-from training.adopt import adopt
-from training.peft_adapter import read_adapter
+from runtime.model.stored_base import open_base
 
 PROMPT_TOKENS = NEW_TOKENS = 64
 NUM_ADAPTERS = 16
@@ -95,12 +95,11 @@ class Bench:
     def __init__(self, weights: str, step: str, folder: Path, threads: int) -> None:
         start = time.perf_counter()
         torch.set_num_threads(threads)
-        place = resolve_base("smollm2", cache=cache_folder())
         self._folder = folder
-        self._prepare(place)
-        self._base = load_base(place, dtype=load_dtype(weights), device=torch.device("cpu"))  # type: ignore[arg-type]
-        self._model = make_step_model(
-            self._base.model,
+        self._base = open_base("smollm2", cache=cache_folder())
+        self._model = load_step_model(
+            self._base,
+            device=torch.device("cpu"),
             max_context=256,
             weights=weights,  # type: ignore[arg-type]
             step=step,  # type: ignore[arg-type]
@@ -111,15 +110,6 @@ class Bench:
         self.start_s = time.perf_counter() - start
         self._count = 0
         self._prompts = [self._prompt(topic) for topic in TOPICS]
-
-    def _prepare(self, place: Path) -> None:
-        missing = [name for name in ("adapters", "mixtures") if Repertoire(self._folder / name).head() is None]
-        if missing:
-            base = load_base(place, dtype=torch.float32, device=torch.device("cpu"))
-            if "adapters" in missing:
-                _adopt_all(base, self._folder)
-            if "mixtures" in missing:
-                make_repertoire(self._folder / "mixtures", base, 8, rank=8, locate=True, see_all=True)
 
     def _engine(self, name: str) -> Engine:
         repertoire = Repertoire(self._folder / name)
@@ -228,11 +218,25 @@ class Bench:
             engine.close()
 
 
+def prepare(folder: Path) -> None:
+    """Make the repertoires that are missing."""
+    missing = [name for name in ("adapters", "mixtures") if Repertoire(folder / name).head() is None]
+    if not missing:
+        return
+    base = open_base("smollm2", cache=cache_folder()).load(dtype=torch.float32, device=torch.device("cpu"))
+    if "adapters" in missing:
+        _adopt_all(base, folder)
+    if "mixtures" in missing:
+        make_repertoire(folder / "mixtures", base, 8, rank=8, locate=True, see_all=True)
+
+
 def _adopt_all(base: BaseModel, folder: Path) -> None:
     """Random PEFT adapters a0..a15 on all seven linears, unless they are there, and a repertoire of them."""
     from peft import LoraConfig, get_peft_model
 
     from runtime.model.generation import base_ref
+    from training.adopt import adopt
+    from training.peft_adapter import read_adapter
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     repertoire = Repertoire(folder / "adapters")
@@ -257,7 +261,14 @@ def main() -> None:
     parser.add_argument("--step", default="native")
     parser.add_argument("--folder", type=Path, default=Path("build/engine"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--prepare", action="store_true", help="make the repertoires that are missing, and end")
     options = parser.parse_args()
+    if options.prepare:
+        prepare(options.folder)
+        return
+    # In a process of its own, so that its memory does not count for that of the engine.
+    here = [sys.executable, __file__, "--prepare", "--folder", str(options.folder)]
+    subprocess.run(here, check=True, stdout=sys.stderr)
     bench = Bench(options.weights, options.step, options.folder, options.threads)
     print(json.dumps({"start_s": round(bench.start_s, 2)}), flush=True)
     for line in sys.stdin:

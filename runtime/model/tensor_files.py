@@ -114,7 +114,7 @@ def _places(path: Path) -> dict[str, _Place]:
 
 
 def _fill(stream: object, part: torch.Tensor, path: Path) -> None:
-    view = memoryview(part.view(torch.uint8).numpy())
+    view = part.view(torch.uint8).numpy().data
     while view:
         got = stream.readinto(view)  # type: ignore[attr-defined]
         if not got:
