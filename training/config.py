@@ -91,7 +91,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     epochs: int = 3
     max_steps: int | None = None
-    batch_size: int = 16
+    batch_size: int = 8
     accumulation: int = 1
     warmup_share: float = 0.1
     gradient_clip: float = 1.0

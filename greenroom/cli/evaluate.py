@@ -51,7 +51,7 @@ def evaluate(
         int | None, typer.Option(help="Lowest layer with experts; default: a third of the depth.")
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of an expert.")] = _DEFAULT.rank,
-    max_steps: Annotated[int, typer.Option(min=1, help="Steps per task.")] = 60,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps per task.")] = 90,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = _DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of the experts.")] = _DEFAULT.learning_rate,
     expansion: Annotated[Expansion, typer.Option(help="How PGKE chooses layers.")] = _DEFAULT.expansion,
