@@ -20,6 +20,8 @@ from runtime.engine.kv import KVCache, KVShape
 from runtime.engine.linears import Keep, Linear, keep_dense
 from runtime.engine.stage import Stage, StagedLayer
 from runtime.errors import InvalidInputError
+from runtime.kernels.triton_metadata import MixtureMetadata
+from runtime.kernels.triton_mixture import Launcher
 from runtime.model.llama_source import FINAL_NORM, LlamaSource, ModuleSource
 from runtime.model.manifest import Target
 
@@ -56,6 +58,14 @@ class MixtureRows:
     watch: RouteWatch | None = None
 
 
+@dataclass(frozen=True)
+class _Routed:
+    """Weights [T, C] of a layer's columns for a step's tokens, and the same as the GPU's kernels read it."""
+
+    weights: torch.Tensor
+    metadata: MixtureMetadata | None
+
+
 class LlamaModel:
     """Weights of a Llama-family model, fused for the step.
 
@@ -80,7 +90,9 @@ class LlamaModel:
         max_context: int,
         keep: Keep = keep_dense,
         dtype: torch.dtype | None = None,
+        launch: Launcher | None = None,
     ) -> None:
+        self._launch = launch
         source = ModuleSource(model) if isinstance(model, torch.nn.Module) else model
         config = source.config
         check_supported(config, max_context)
@@ -147,18 +159,23 @@ class LlamaModel:
             layer = self.layers[index]
             staged = mixtures.stage.layers.get(index) if mixtures else None
             x = self._norm(hidden, layer.attention_norm)
-            weights = _weigh(mixtures, staged, x) if staged and staged.attends else None
-            fused = self._mixed(staged, ("q", "k", "v"), x, layer.qkv, weights)
+            routed = self._route(mixtures, staged, x) if staged and staged.attends else None
+            fused = self._mixed(staged, ("q", "k", "v"), x, layer.qkv, routed)
             attended = plan.attend(cache, index, *self._qkv(layer, fused, cos, sin))
-            hidden += self._mixed(staged, ("o",), attended, layer.out, weights)
+            hidden += self._mixed(staged, ("o",), attended, layer.out, routed)
             x = self._norm(hidden, layer.ffn_norm)
-            weights = _weigh(mixtures, staged, x) if staged else None
-            gate, up = self._mixed(staged, ("gate", "up"), x, layer.gate_up, weights).chunk(2, dim=1)
-            hidden += self._mixed(staged, ("down",), silu(gate) * up, layer.down, weights)
-            if mixtures and staged and staged.hyper and weights is not None:
-                staged.hyper.add(hidden, x, weights, mixtures.rows)
-            if mixtures and mixtures.watch and weights is not None:
-                mixtures.watch.note(index, weights)
+            routed = self._route(mixtures, staged, x) if staged else None
+            gate, up = self._mixed(staged, ("gate", "up"), x, layer.gate_up, routed).chunk(2, dim=1)
+            hidden += self._mixed(staged, ("down",), silu(gate) * up, layer.down, routed)
+            if mixtures and staged and staged.hyper and routed is not None:
+                staged.hyper.add(hidden, x, routed.weights, mixtures.rows)
+            if mixtures and mixtures.watch and routed is not None:
+                mixtures.watch.note(index, routed.weights)
+
+    def _route(self, mixtures: MixtureRows | None, staged: StagedLayer, x: torch.Tensor) -> _Routed:
+        assert mixtures is not None, "a staged layer belongs to mixtures"
+        weights = staged.router.weigh(x, mixtures.rows)
+        return _Routed(weights, staged.kernel_columns.metadata(weights) if self._launch else None)
 
     def _mixed(
         self,
@@ -166,18 +183,22 @@ class LlamaModel:
         targets: tuple[Target, ...],
         x: torch.Tensor,
         linear: Linear,
-        weights: torch.Tensor | None,
+        routed: _Routed | None,
     ) -> torch.Tensor:
         """`W x` of the fused linears `targets`, one after the other in the result, with their experts' updates."""
         y = linear(x)
         update = staged.updates.get(targets) if staged else None
-        if update is not None and weights is not None:
-            shrunk = update.shrink(x, weights)
-            begin = 0
-            for target in targets:
-                end = begin + self._heights[target]
-                update.expand(target, y[:, begin:end], shrunk)
-                begin = end
+        if staged is None or update is None or routed is None:
+            return y
+        shrunk = update.shrink(x, routed.weights) if routed.metadata is None else None
+        begin = 0
+        for target in targets:
+            part = y[:, begin : begin + self._heights[target]]
+            begin += self._heights[target]
+            if shrunk is not None:
+                update.expand(target, part, shrunk)
+            elif self._launch and routed.metadata and target in update.b:
+                staged.kernel_updates[target].add(part, x, routed.metadata, self._launch)
         return y
 
     def _qkv(
@@ -197,11 +218,6 @@ class LlamaModel:
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, self.epsilon)
-
-
-def _weigh(mixtures: MixtureRows | None, staged: StagedLayer, x: torch.Tensor) -> torch.Tensor:
-    assert mixtures is not None, "a staged layer belongs to mixtures"
-    return staged.router.weigh(x, mixtures.rows)
 
 
 def _fuse(source: LlamaSource, index: int, keep: Keep, dtype: torch.dtype) -> LlamaLayer:

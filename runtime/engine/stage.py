@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from runtime.engine.staged_hyper import StagedHyper, stage_hyper
+from runtime.engine.staged_kernels import KernelColumns, KernelUpdate
 from runtime.engine.staged_router import StagedColumn, StagedRouter, stage_router
 from runtime.kernels.mixture import shrink
 from runtime.model.expert import Expert
@@ -78,6 +80,20 @@ class StagedLayer:
     def attends(self) -> bool:
         """Whether an expert updates the attention of this layer."""
         return any(target in ATTENTION_TARGETS for inputs in self.updates for target in inputs)
+
+    @cached_property
+    def kernel_columns(self) -> KernelColumns:
+        """The router's columns as the GPU's kernels read them; made when they are first launched."""
+        return KernelColumns(self.router, tuple(self.experts), self.router.weight.device)
+
+    @cached_property
+    def kernel_updates(self) -> Mapping[Target, KernelUpdate]:
+        """The updates as the GPU's kernels read them, on the same memory."""
+        return {
+            target: KernelUpdate(update.a[begin:end], b, update.owners[begin:end], tuple(self.experts))
+            for update in self.updates.values()
+            for target, (begin, end, b) in update.b.items()
+        }
 
 
 class LayerPacks:
