@@ -105,6 +105,7 @@ class Bench:
             step=step,  # type: ignore[arg-type]
             folder=cache_folder() / "native",
             threads=threads,
+            kernels=folder / "none",
         )
         self._engines = {name: self._engine(name) for name in ("adapters", "mixtures")}
         self.start_s = time.perf_counter() - start

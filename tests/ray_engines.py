@@ -24,6 +24,7 @@ def tiny_flags(repertoire: Path, base: Path, **limits: int) -> EngineFlags:
         base=str(base),
         dtype="float32",
         step="torch",
+        device="cpu",
         threads=1,
         limits=EngineOptions(**{"max_context": 256, "prefetch": False, **limits}),  # type: ignore[arg-type]
     )

@@ -79,8 +79,15 @@ def logits(model: StepModel) -> torch.Tensor:
 
 
 def load(base: StoredBase, weights: WeightKind = "float32", step: StepKind = "torch", **options: object) -> StepModel:
-    told = {"device": CPU, "max_context": 32, "folder": Path("unused"), "threads": 1, **options}
-    return load_step_model(base, weights=weights, step=step, **told)  # type: ignore[arg-type]
+    told = {
+        "device": CPU,
+        "max_context": 32,
+        "folder": Path("unused"),
+        "threads": 1,
+        "kernels": Path("none"),
+        **options,
+    }
+    return load_step_model(base, weights=weights, step=step, **(told | options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -217,7 +224,7 @@ from runtime.engine.step_model import load_step_model
 from runtime.model.stored_base import open_base
 base = open_base(sys.argv[1], cache=Path(sys.argv[1]))
 load_step_model(base, device=torch.device("cpu"), max_context=32, weights="float32", step="torch",
-                folder=Path("unused"), threads=1)
+                folder=Path("unused"), threads=1, kernels=Path("none"))
 print([name for name in sys.argv[2:] if name in sys.modules])
 """
 

@@ -64,6 +64,7 @@ def batch(
     eviction: flags.EvictionFlag = flags.LIMITS.eviction,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     step: flags.StepFlag = flags.DEFAULT_STEP,
+    device: flags.DeviceFlag = flags.DEFAULT_DEVICE,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
     ray: Annotated[bool, typer.Option("--ray", help="Let workers on a Ray cluster do it.")] = False,
     ray_address: Annotated[
@@ -80,6 +81,7 @@ def batch(
         base=base,
         dtype=dtype,
         step=step,
+        device=device,
         threads=threads,
         expert_memory=expert_memory,
         kv_memory=kv_memory,

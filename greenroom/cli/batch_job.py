@@ -127,6 +127,7 @@ def make_job(
         "base": manifest.base.digest,
         "dtype": flags.dtype,
         "step": flags.step,
+        "device": flags.device,
         "threads": flags.threads,
         **asdict(flags.limits),
     }

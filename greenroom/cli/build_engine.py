@@ -11,6 +11,7 @@ from greenroom.cli.places import cache_folder
 from runtime.engine.engine import Engine
 from runtime.engine.follower import open_held
 from runtime.engine.step_model import load_step_model
+from runtime.kernels.device_choice import device_of
 from runtime.model.generation import check_base
 from runtime.model.repertoire import Repertoire
 from runtime.model.signature import TrustPolicy
@@ -30,14 +31,14 @@ def build_engine(flags: EngineFlags, *, number: int | None = None) -> Engine:
     """Open a generation of the repertoire, the current one by default, load its base, and make an engine.
 
     Raises:
-        RepertoireError, UnknownBaseError, InvalidInputError: what they name.
+        RepertoireError, UnknownBaseError, InvalidInputError, UnsupportedDeviceError: what they name.
     """
+    device = device_of(flags.device)
     if flags.threads:
         torch.set_num_threads(flags.threads)
     repertoire = open_repertoire(flags)
     generation, let_go = open_held(repertoire, number)
     generation.densities.read_ahead()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = flags.base or generation.manifest.base.name
     base = open_base(named, cache=cache_folder())
     check_base(generation.manifest, base.info)
@@ -50,6 +51,7 @@ def build_engine(flags: EngineFlags, *, number: int | None = None) -> Engine:
             step=flags.step,
             folder=cache_folder() / "native",
             threads=torch.get_num_threads(),
+            kernels=repertoire.export_folder(generation.manifest.generation, "triton"),
         ),
         base.tokenizer,
         base.eos_token_ids,

@@ -14,7 +14,7 @@ import typer
 
 from runtime.engine.options import EngineOptions, Policy
 from runtime.errors import InvalidInputError
-from runtime.kernels.step_kinds import StepKind, WeightKind
+from runtime.kernels.step_kinds import DeviceKind, StepKind, WeightKind
 from runtime.memory.eviction import EvictionName
 
 RepertoireFlag = Annotated[Path, typer.Option("--repertoire", help="Folder of the repertoire.")]
@@ -35,6 +35,9 @@ MaxRunningFlag = Annotated[int, typer.Option("--max-running", min=1, help="Seque
 DtypeFlag = Annotated[WeightKind, typer.Option("--dtype", help="What the weights of the base model are kept in.")]
 StepFlag = Annotated[
     StepKind, typer.Option("--step", help="Who computes: our native step, torch, or the native one where it runs.")
+]
+DeviceFlag = Annotated[
+    DeviceKind, typer.Option("--device", help="Where the model runs: the first CUDA device, the CPU, or what there is.")
 ]
 ThreadsFlag = Annotated[int, typer.Option("--threads", min=0, help="Threads to compute with; 0 lets torch choose.")]
 PolicyFlag = Annotated[
@@ -57,6 +60,7 @@ DEFAULT_KV_MEMORY = f"{LIMITS.kv_budget_bytes >> 20}MiB"
 DEFAULT_PREFIX_MEMORY = f"{LIMITS.prefix_budget_bytes >> 20}MiB"
 DEFAULT_DTYPE: WeightKind = "float32"
 DEFAULT_STEP: StepKind = "auto"
+DEFAULT_DEVICE: DeviceKind = "auto"
 DEFAULT_THREADS = 0
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", re.IGNORECASE)
@@ -73,6 +77,7 @@ class EngineFlags:
         base: known name or folder of the base model; None takes what the repertoire names.
         dtype: what the weights of the base model are kept in.
         step: who computes; see `runtime.kernels.step_kinds`.
+        device: where; likewise.
         threads: to compute with; 0 lets torch choose.
         limits: budgets and bounds.
     """
@@ -82,6 +87,7 @@ class EngineFlags:
     base: str | None
     dtype: WeightKind
     step: StepKind
+    device: DeviceKind
     threads: int
     limits: EngineOptions
 
@@ -93,6 +99,7 @@ def collect(
     base: str | None,
     dtype: WeightKind,
     step: StepKind,
+    device: DeviceKind,
     threads: int,
     expert_memory: str,
     kv_memory: str,
@@ -119,7 +126,14 @@ def collect(
         max_draft=max_draft,
     )
     return EngineFlags(
-        repertoire=repertoire, trust=trust, base=base, dtype=dtype, step=step, threads=threads, limits=limits
+        repertoire=repertoire,
+        trust=trust,
+        base=base,
+        dtype=dtype,
+        step=step,
+        device=device,
+        threads=threads,
+        limits=limits,
     )
 
 

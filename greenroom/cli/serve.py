@@ -41,6 +41,7 @@ def serve(
     max_draft: flags.DraftFlag = flags.LIMITS.max_draft,
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     step: flags.StepFlag = flags.DEFAULT_STEP,
+    device: flags.DeviceFlag = flags.DEFAULT_DEVICE,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
     grace: Annotated[
         float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")

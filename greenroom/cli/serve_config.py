@@ -19,7 +19,7 @@ from greenroom.cli import engine_flags as flags
 from greenroom.cli.ray_choice import RAY
 from runtime.engine.options import Policy
 from runtime.errors import InvalidInputError
-from runtime.kernels.step_kinds import StepKind, WeightKind
+from runtime.kernels.step_kinds import DeviceKind, StepKind, WeightKind
 from runtime.memory.eviction import EvictionName
 from runtime.service.models import DEFAULT_NAME
 
@@ -36,6 +36,7 @@ class EngineSection(_Section):
     base: str | None = None
     dtype: WeightKind = flags.DEFAULT_DTYPE
     step: StepKind = flags.DEFAULT_STEP
+    device: DeviceKind = flags.DEFAULT_DEVICE
     threads: Annotated[int, Field(ge=0)] = flags.DEFAULT_THREADS
     expert_memory: str = flags.DEFAULT_EXPERT_MEMORY
     kv_memory: str = flags.DEFAULT_KV_MEMORY

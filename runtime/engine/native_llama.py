@@ -68,8 +68,7 @@ class NativeLlama(LlamaModel):
             context=max_context,
             epsilon=float(config.rms_norm_eps),
         )
-        if model.device.type != "cpu":
-            raise UnsupportedDeviceError(f"the native step runs on a CPU, the base is on {model.device}")
+        check_runs_on(model.device)
         if not shape.native:
             raise UnsupportedDeviceError(f"the native step takes widths in multiples of 16, this base has {shape}")
         self.step = NativeStep(library, shape, weights=weights, threads=threads)
@@ -148,6 +147,12 @@ class NativeLlama(LlamaModel):
                 columns = [_column(fetch(digest, layer)) for digest in router.experts]
                 native.set_layer(layer, router.weight.float().contiguous(), columns)
         return native
+
+
+def check_runs_on(device: torch.device) -> None:
+    """Raise UnsupportedDeviceError for a device that is no CPU."""
+    if device.type != "cpu":
+        raise UnsupportedDeviceError(f"the native step runs on a CPU, the base is on {device}")
 
 
 def _is_native(mixture: Mixture) -> bool:

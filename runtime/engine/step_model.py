@@ -16,12 +16,14 @@ import transformers
 
 from runtime.engine.linears import Keep, keep_dense, keep_int4, keep_int8
 from runtime.engine.llama import LlamaModel, check_supported
-from runtime.engine.native_llama import NativeLlama
+from runtime.engine.mixture_launcher import mixture_launcher
+from runtime.engine.native_llama import NativeLlama, check_runs_on
 from runtime.engine.step_protocol import StepModel
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
 from runtime.kernels.freed_memory import give_back
 from runtime.kernels.native_build import build
 from runtime.kernels.step_kinds import StepKind, WeightKind
+from runtime.kernels.triton_mixture import Launcher
 from runtime.model.llama_source import LlamaSource
 from runtime.model.stored_base import StoredBase
 
@@ -48,6 +50,7 @@ def load_step_model(
     step: StepKind,
     folder: Path,
     threads: int,
+    kernels: Path,
 ) -> StepModel:
     """The step of a base, with its weights; a context longer than the base reads is cut to that.
 
@@ -61,6 +64,7 @@ def load_step_model(
         step: likewise.
         folder: likewise.
         threads: likewise.
+        kernels: where kernels for GPUs lie, if they were exported; see `runtime.engine.mixture_launcher`.
 
     Raises:
         UnknownBaseError: its weights cannot be loaded.
@@ -76,7 +80,15 @@ def load_step_model(
     if model is None:
         model = base.load(dtype=load_dtype(weights), device=device).model
         max_context = min(max_context, model.config.max_position_embeddings)
-    made = make_step_model(model, max_context=max_context, weights=weights, step=step, folder=folder, threads=threads)
+    made = make_step_model(
+        model,
+        max_context=max_context,
+        weights=weights,
+        step=step,
+        folder=folder,
+        threads=threads,
+        launch=mixture_launcher(device, kernels),
+    )
     del model
     give_back()
     return made
@@ -90,6 +102,7 @@ def make_step_model(
     step: StepKind,
     folder: Path,
     threads: int,
+    launch: Launcher | None = None,
 ) -> StepModel:
     """Take over a Hugging Face model, or the weights of one.
 
@@ -100,6 +113,7 @@ def make_step_model(
         step: "native" or "torch", which includes the base's own modules; "auto" is native where that runs.
         folder: where built libraries are kept.
         threads: for the native step. Torch is set to one thread beside it.
+        launch: adds experts' updates in torch's step; None leaves them to its products.
 
     Raises:
         UnsupportedDeviceError: "native" was asked for and cannot be had here, or rounded weights on a GPU.
@@ -117,6 +131,7 @@ def make_step_model(
         return _module_model(model, max_context=max_context, weights=weights)
     if step != "torch":
         try:
+            check_runs_on(model.device)
             made = NativeLlama(model, max_context=max_context, library=build(folder), weights=weights, threads=threads)
         except UnsupportedDeviceError as error:
             if step == "native":
@@ -125,7 +140,7 @@ def make_step_model(
         else:
             torch.set_num_threads(1)
             return made
-    return LlamaModel(model, max_context=max_context, keep=_KEEP[weights])
+    return LlamaModel(model, max_context=max_context, keep=_KEEP[weights], launch=launch)
 
 
 def _module_model(model: transformers.PreTrainedModel, *, max_context: int, weights: WeightKind) -> StepModel:

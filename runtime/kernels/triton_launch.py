@@ -19,7 +19,7 @@ import torch
 
 from runtime.errors import DigestMismatchError, InvalidInputError, ManifestError, UnsupportedDeviceError
 from runtime.kernels.cuda_driver import Driver, Parameter
-from runtime.kernels.triton_mixture import Launch, Launcher
+from runtime.kernels.triton_mixture import Launch, Variant
 
 _WARP = 32
 _ALIGNMENT = 16
@@ -129,6 +129,10 @@ class CubinLauncher:
             kernel.key: (kernel, driver.load(kernel.cubin, kernel.symbol, kernel.shared_bytes)) for kernel in kernels
         }
 
+    def has(self, variant: Variant) -> bool:
+        """Whether a kernel was exported."""
+        return variant.key in self._loaded
+
     def __call__(self, launch: Launch) -> None:
         """Queue one kernel.
 
@@ -164,7 +168,7 @@ class CubinLauncher:
         return ctypes.c_void_p(number)
 
 
-def launcher_for(device: torch.device, folder: Path) -> Launcher | None:
+def launcher_for(device: torch.device, folder: Path) -> CubinLauncher | None:
     """How the mixture runs on a device: these kernels on CUDA; None elsewhere, where `add_mixture` does.
 
     Args:

@@ -3,12 +3,12 @@
 It knows nothing of disks; `runtime.memory.memory` calls all but `put` under its lock.
 Read first: room is taken by `hold`, before anything is read, and evicts what nobody holds, least recently held first.
 `put` copies on a loader thread and returns when the copy is complete, so whatever a reservation gets can be read by
-kernels at once, and no stream of the engine waits for another. On a CPU the same code runs without streams.
+kernels at once. Room is written to only after the kernels that were queued when it was taken: they may read what lay
+there before (`runtime.memory.copying`).
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import BudgetError
+from runtime.memory.copying import Copier, make_copier
 from runtime.memory.keys import UnitKey
 from runtime.memory.slabs import Place, Slabs, bucket
 from runtime.memory.tier import HostTier, Tier
@@ -40,18 +41,21 @@ class SlabTier:
         dtype: experts are stored in what the engine computes in.
         device: a CUDA device, or the CPU for tests.
         slab_bytes: of one slab.
+        copier: how experts get there; None takes the device's.
     """
 
     def __init__(
-        self, *, budget_bytes: int, dtype: torch.dtype, device: torch.device, slab_bytes: int = _SLAB_BYTES
+        self,
+        *,
+        budget_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        slab_bytes: int = _SLAB_BYTES,
+        copier: Copier | None = None,
     ) -> None:
         self._slabs = Slabs(budget_bytes=budget_bytes, slab_bytes=slab_bytes, dtype=dtype, device=device)
         self._rooms: OrderedDict[UnitKey, _Room] = OrderedDict()  # least recently held first
-        self._dtype = dtype
-        self._device = device
-        self._copying = threading.Lock()  # one copy at a time: there is one stream and one buffer
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._buffer = torch.empty(0, dtype=dtype)
+        self._copier = copier or make_copier(device, dtype)
 
     def check_fits(self, wanted: Sequence[Wanted]) -> None:
         """Raise BudgetError if even an empty device memory could not hold all of these."""
@@ -75,6 +79,8 @@ class SlabTier:
             return False
         for one in new:
             self._rooms[one.key] = _Room([places.pop(0) for _ in one.rows], holds=1)
+        if new:  # kernels that are queued may still read what lay there before
+            self._copier.mark()
         return True
 
     def _allocate(self, shapes: Sequence[tuple[int, int]], gone: list[UnitKey]) -> list[Place] | None:
@@ -128,33 +134,13 @@ class SlabTier:
             a, b = (self._slabs.view(next(places), update.rank) for _ in range(2))
             copies += [(a, update.a), (b, update.b.t())]
             updates[target] = LowRank(a, b.t())
-        with self._copying:
-            self._copy(copies)
+        self._copier.copy(copies)
         return Expert(layer=value.layer, scale=value.scale, updates=updates)
 
     def check_integrity(self) -> None:
         """Assert that no hold is negative and the slabs are whole."""
         assert all(room.holds >= 0 for room in self._rooms.values()), "let go more often than held"
         self._slabs.check_integrity()
-
-    def _copy(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        if self._stream is None:
-            for target, source in copies:
-                target.copy_(source)
-            return
-        size = sum(source.numel() for _, source in copies)
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=self._dtype, pin_memory=True)
-        begin = 0
-        with torch.cuda.stream(self._stream):
-            for target, source in copies:
-                staged = self._buffer[begin : begin + source.numel()].view(source.shape)
-                staged.copy_(source)
-                target.copy_(staged, non_blocking=True)
-                begin += source.numel()
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self._stream)
-        done.synchronize()
 
 
 def make_tier(device: torch.device, dtype: torch.dtype, budget_bytes: int) -> Tier:
