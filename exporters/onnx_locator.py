@@ -19,7 +19,7 @@ from exporters.verify import SIZES, TOLERANCE, Case, Wanted
 from runtime.errors import InvalidInputError
 from runtime.model.density import LATENT, PROJECTED, decode
 from runtime.model.generation import Generation
-from runtime.model.locator import Locator, project
+from runtime.model.locator import LEAST_LENGTH, Locator
 
 FILE_NAME = "locator.onnx"
 
@@ -32,6 +32,18 @@ _PROJECT = """
     centred = Sub(features, frame_mean)
     normalised = Div(centred, frame_deviation)
     projected = MatMul(normalised, frame_projection)
+"""
+
+_UNIT_LENGTH = f"""
+    axis_dimensions = Constant<value_ints = [1]>()
+    least_length = Constant<value_float = {LEAST_LENGTH}>()
+    wanted_length = Constant<value_float = {PROJECTED**0.5}>()
+    free_squares = Mul(free, free)
+    free_sum = ReduceSum(free_squares, axis_dimensions)
+    free_root = Sqrt(free_sum)
+    free_length = Max(free_root, least_length)
+    stretch = Div(wanted_length, free_length)
+    projected = Mul(free, stretch)
 """
 
 _ERRORS = {
@@ -159,7 +171,10 @@ def _graph(locator: Locator) -> str:
     errors = _ERRORS[locator.density]
     if locator.background is not None:
         errors = errors.replace("    errors = ", "    task_errors = ") + _BACKGROUND
-    body = _PROJECT + errors + _SCORES[locator.score] + decision + margin
+    seen = _PROJECT
+    if locator.unit_length:
+        seen = seen.replace("    projected = ", "    free = ") + _UNIT_LENGTH
+    body = seen + errors + _SCORES[locator.score] + decision + margin
     return f"locator (float[B, {width}] features) => ({outputs}) {{{body}}}"
 
 
@@ -197,7 +212,7 @@ def locator_cases(locator: Locator) -> Iterator[Case]:
         features = _features(locator, size, generator)
         errors = locator.errors(features)
         scores = locator.scores(errors)
-        energy = project(locator.frame, features).square().mean(1, keepdim=True)
+        energy = locator.project(features).square().mean(1, keepdim=True)
         error_scale = torch.maximum(errors.abs(), energy)  # [B, N]
         score_scale = error_scale
         if locator.score != "raw":

@@ -102,7 +102,7 @@ def test_the_background_is_the_log_likelihood_of_independent_dimensions() -> Non
     torch.testing.assert_close(background_error(background, asked).double(), wanted, rtol=1e-4, atol=1e-4)
     projected = project(frame, reference)
     torch.testing.assert_close(background["mean"], projected.mean(0), rtol=0, atol=1e-4)
-    assert float((1 / background["precision"]).max()) < 1.5
+    torch.testing.assert_close(1 / background["precision"], 0.7 * projected.var(0) + 0.3, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("density", ["gaussian", "low_rank"])
@@ -118,6 +118,31 @@ def test_against_a_background_the_order_of_tasks_stays_and_only_who_is_refused_c
     assert [one.scores[0][0] for one in found] == [one.scores[0][0] for one in before]
     assert [one.margin for one in found] == pytest.approx([one.margin for one in before], abs=1e-4)
     assert [one.task is None for one in found] == (errors.min(1).values > threshold).tolist()
+
+
+def test_at_unit_length_only_the_direction_of_a_projected_feature_counts() -> None:
+    plain = locator_of("low_rank", 3)
+    shapes = {name: torch.zeros(WIDTH) if name == "mean" else t for name, t in plain.frame.items()}
+    asked, lengths = features(6), torch.tensor([[0.01], [0.5], [1.0], [2.0], [30.0], [4000.0]])
+    seen = project(shapes, asked, unit_length=True)
+    torch.testing.assert_close(seen.norm(dim=1), torch.full((6,), 16.0))
+    torch.testing.assert_close(project(shapes, asked * lengths, unit_length=True), seen, rtol=1e-4, atol=1e-5)
+    free = project(shapes, asked)
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(seen, free), torch.ones(6))
+    assert torch.equal(project(shapes, torch.zeros(1, WIDTH), unit_length=True), torch.zeros(1, PROJECTED))
+
+
+def test_a_locator_sees_features_at_unit_length_where_its_repertoire_says_so() -> None:
+    plain = locator_of("low_rank", 20, nearest=5)
+    unit = plain.scored_by("raw")
+    unit.unit_length = True
+    asked = features(6) + plain.prototypes[0].norm()
+    stretched = unit.project(asked)
+    wanted = torch.nn.functional.pad(stretched, (0, WIDTH - PROJECTED))
+    assert torch.equal(unit.candidates(asked), plain.candidates(wanted))
+    torch.testing.assert_close(unit.errors(asked), plain.errors(wanted))
+    for found, same in zip(unit.locate(asked), plain.locate(wanted), strict=True):
+        assert [task for task, _ in found.scores] == [task for task, _ in same.scores]
 
 
 def test_what_is_unusual_for_every_prompt_counts_against_no_task() -> None:

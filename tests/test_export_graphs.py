@@ -105,7 +105,7 @@ def gaussian_locator(num_tasks: int, density: Density, score: Score, *, contrast
     generator = torch.Generator().manual_seed(99)
     shapes = background_shapes().items()
     background = {name: torch.rand(shape, generator=generator) + 0.5 for name, shape in shapes} if contrast else None
-    locator = Locator(frame, entries, score=score, density=density, background=background)
+    locator = Locator(frame, entries, score=score, density=density, background=background, unit_length=contrast)
     locator.thresholds = locator.errors(noise(locator, 101)).median(0).values
     return locator
 

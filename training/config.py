@@ -69,7 +69,7 @@ class TrainingConfig:
         locator_steps: optimiser steps of a task's VAE, each over all of its training features.
         locator_learning_rate: peak rate of the VAE.
         locator_beta: weight of the KL term.
-        locator_held_out: share of the examples that calibrate the VAE and never train it.
+        locator_held_out: share of the examples that calibrate a VAE and never train it; Gaussians need none.
         locator_score: how a new repertoire compares tasks; see `runtime.model.locator.Locator`.
         locator_density: what a new repertoire fits to each task's prompts: a Gaussian with a covariance of its own
             ("low_rank", ours) or with that of the reference prompts ("gaussian", ours), or a VAE (paper).
@@ -120,7 +120,7 @@ class TrainingConfig:
     locator_score: LocatorScore = "raw"
     locator_density: LocatorDensity = "low_rank"
     locator_feature: str | None = None
-    locator_false_abstain: float = 0.02
+    locator_false_abstain: float = 0.05
 
     def __post_init__(self) -> None:
         for field in (

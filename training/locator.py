@@ -31,10 +31,11 @@ from training.config import TrainingConfig
 
 _LEAST_EXAMPLES = 8
 _LEAST_DEVIATION = 1e-6
-_REFERENCE_SHRINKAGE = 0.3  # a few hundred reference prompts know their leading directions only
+_REFERENCE_SHRINKAGE = 0.6  # a few hundred reference prompts know their leading directions only
 _TASK_SHRINKAGE = 0.5  # a hundred prompts of a task know less than the reference in most directions
 _BACKGROUND_SHRINKAGE = 0.3
-_FOLDS = 5
+_FOLDS = 10
+_OUTSIDE_TAKEN = 0.005
 _TOWARDS_OUTSIDE = 0.25
 
 
@@ -102,7 +103,9 @@ def _whitening(normalised: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(whitened, (0, PROJECTED - whitened.shape[1])).contiguous()
 
 
-def make_background(frame: dict[str, torch.Tensor], reference: torch.Tensor) -> dict[str, torch.Tensor]:
+def make_background(
+    frame: dict[str, torch.Tensor], reference: torch.Tensor, *, unit_length: bool = False
+) -> dict[str, torch.Tensor]:
     """What prompts in general look like, fixed for the life of a repertoire: a Gaussian of the reference (ours).
 
     The frame's axes are principal ones of the reference, so its dimensions are independent; each variance is drawn
@@ -111,11 +114,12 @@ def make_background(frame: dict[str, torch.Tensor], reference: torch.Tensor) -> 
     Args:
         frame: as made by `make_frame` for a Gaussian density.
         reference: [B, D] features of prompts of no task.
+        unit_length: see `runtime.model.locator.project`.
 
     Returns:
         tensors as in `background_shapes`, float32.
     """
-    projected = project(frame, reference).double()
+    projected = project(frame, reference, unit_length=unit_length).double()
     variances = (1 - _BACKGROUND_SHRINKAGE) * projected.var(0) + _BACKGROUND_SHRINKAGE
     return {
         "mean": projected.mean(0).float(),
@@ -133,13 +137,14 @@ def fit_entry(
     density: Density,
     seed: int,
     background: Weights | None = None,
+    unit_length: bool = False,
 ) -> Entry:
     """Fit the density of one task and calibrate its error.
 
     A VAE minimises `|F - F'|^2 + beta * KL(q(z|F) || N(0, 1))` per prompt (paper), by full-batch AdamW with a falling
     rate (ours). A "gaussian" is the mean of the task's features, its covariance is in the frame; "low_rank" is a
     Gaussian with a covariance of its own (both ours). Mean, sd and threshold are those of the raw error of prompts that
-    did not fit it, see `calibrate`: of a VAE, a share of the prompts never does; a Gaussian is fitted to four fifths of
+    did not fit it, see `calibrate`: of a VAE, a share of the prompts never does; a Gaussian is fitted to nine tenths of
     them in turn, so that each is held out once, and in the end to all.
 
     Args:
@@ -150,6 +155,7 @@ def fit_entry(
         density: what to fit.
         seed: of split, start and noise.
         background: as made by `make_background`, where the repertoire has one.
+        unit_length: see `runtime.model.locator.project`.
 
     Raises:
         InvalidInputError: fewer than 8 prompts.
@@ -157,10 +163,10 @@ def fit_entry(
     if own.shape[0] < _LEAST_EXAMPLES:
         raise InvalidInputError("examples", own.shape[0], f"the locator needs {_LEAST_EXAMPLES} or more per task")
     generator = torch.Generator().manual_seed(seed)
-    projected = project(frame, own)  # [B, 256]
+    projected = project(frame, own, unit_length=unit_length)  # [B, 256]
     order = torch.randperm(len(projected), generator=generator)
     allowed = config.locator_false_abstain
-    outside = project(frame, reference)
+    outside = project(frame, reference, unit_length=unit_length)
     if density == "vae":
         num_held_out = min(max(2, round(config.locator_held_out * len(order))), len(order) - 2)
         training = projected[order[num_held_out:]]
@@ -221,10 +227,10 @@ def low_rank_gaussian(projected: torch.Tensor) -> dict[str, torch.Tensor]:
 def calibrate(held_out: torch.Tensor, outside: torch.Tensor, *, false_abstain: float) -> Calibration:
     """Threshold above which a prompt is refused, from errors in the task and errors outside of it (ours).
 
-    `inside` = the error that all but `false_abstain` of the held-out prompts fall below; `beyond` = the error that 5 %
-    of outside prompts fall below. Where `beyond > inside` the threshold lies between them, a quarter of the way, since
-    prompts of a task vary more than those held out. Else it is `inside`: prompts of the task are never given up for the
-    sake of refusing others.
+    `inside` = the error that all but `false_abstain` of the held-out prompts fall below; `beyond` = the error that one
+    in 200 outside prompts falls below. Where `beyond > inside` the threshold lies between them, a quarter of the way,
+    since prompts of a task vary more than those held out. Else it is `inside`: prompts of the task are never given up
+    for the sake of refusing others.
 
     Args:
         held_out: [B] raw errors of prompts of the task that did not fit the density.
@@ -232,7 +238,7 @@ def calibrate(held_out: torch.Tensor, outside: torch.Tensor, *, false_abstain: f
         false_abstain: share of the task's prompts that may be refused.
     """
     mean, sd = float(held_out.mean()), max(float(held_out.std()), _LEAST_DEVIATION)
-    inside, beyond = float(held_out.quantile(1 - false_abstain)), float(outside.quantile(0.05))
+    inside, beyond = float(held_out.quantile(1 - false_abstain)), float(outside.quantile(_OUTSIDE_TAKEN))
     return Calibration(mean, sd, inside + _TOWARDS_OUTSIDE * max(0.0, beyond - inside))
 
 

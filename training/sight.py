@@ -77,7 +77,8 @@ def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[str, int
     reference = _reference_features(base, template, layer, last=kind == "residual_last")
     seed = seed_for(config.seed, "frame", str(layer))
     frame = make_frame(reference, seed=seed, density=config.locator_density)
-    background = make_background(frame, reference) if config.locator_density != "vae" else None
+    gaussian = config.locator_density != "vae"
+    background = make_background(frame, reference, unit_length=True) if gaussian else None
     ref = LocatorRef(
         frame=sha256(save(frame)),
         feature=kind,  # type: ignore[arg-type]
@@ -86,6 +87,7 @@ def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[str, int
         density=config.locator_density,
         beta=config.locator_beta,
         background=sha256(save(background)) if background is not None else None,
+        unit_length=gaussian,
     )
     return Sight(ref, frame, background, reference)
 
@@ -108,7 +110,14 @@ def see_task(
     own = features(base, prompts, ref.layer, last=ref.feature == "residual_last")
     seed = seed_for(config.seed, name, "density", str(ref.layer))
     fitted = fit_entry(
-        sight.frame, own, sight.reference, config, density=ref.density, seed=seed, background=sight.background
+        sight.frame,
+        own,
+        sight.reference,
+        config,
+        density=ref.density,
+        seed=seed,
+        background=sight.background,
+        unit_length=ref.unit_length,
     )
     return _entry(ref, fitted.tensors, fitted.prototype, fitted.calibration)
 

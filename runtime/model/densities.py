@@ -91,4 +91,5 @@ class Densities:
             density=ref.density,
             beta=ref.beta,
             background=background,
+            unit_length=ref.unit_length,
         )

@@ -30,6 +30,7 @@ from runtime.model.density import (
 )
 from runtime.model.manifest import Density, LocatorEntry, Score
 
+LEAST_LENGTH = 1e-6
 NEAREST = 32
 """Tasks whose densities run for one prompt, at most."""
 
@@ -48,9 +49,18 @@ def frame_shapes(width: int) -> dict[str, tuple[int, ...]]:
     return {"mean": (width,), "deviation": (width,), "projection": (width, PROJECTED)}
 
 
-def project(frame: Weights, features: torch.Tensor) -> torch.Tensor:
-    """`F = ((f - mean) / deviation) P`: [B, D] -> [B, 256] float32."""
-    return ((features.float() - frame["mean"]) / frame["deviation"]) @ frame["projection"]
+def project(frame: Weights, features: torch.Tensor, *, unit_length: bool = False) -> torch.Tensor:
+    """`F = ((f - mean) / deviation) P`: [B, D] -> [B, 256] float32.
+
+    With `unit_length` it is `16 F / |F|`, as long as a normal vector of 256 dimensions mostly is: a mean over few
+    tokens lies further out than one over many, and that says nothing of the task (ours; speaker recognition does so
+    with its i-vectors, Garcia-Romero and Espy-Wilson, Interspeech 2011).
+    """
+    projected = ((features.float() - frame["mean"]) / frame["deviation"]) @ frame["projection"]
+    if not unit_length:
+        return projected
+    lengths: torch.Tensor = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
+    return projected * (math.sqrt(PROJECTED) / lengths.clamp(min=LEAST_LENGTH))
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class Locator:
         density: what the tensors are.
         beta: weight of the KL term in "neg_elbo".
         background: tensors as in `background_shapes`; None takes errors as the densities give them.
+        unit_length: see `project`.
         nearest: at most so many densities run for one prompt; with more tasks, those with the nearest prototypes.
     """
 
@@ -92,6 +103,7 @@ class Locator:
         density: Density = "vae",
         beta: float = 1.0,
         background: Weights | None = None,
+        unit_length: bool = False,
         nearest: int = NEAREST,
     ) -> None:
         self.frame = frame
@@ -100,6 +112,7 @@ class Locator:
         self.density = density
         self.beta = beta
         self.background = background
+        self.unit_length = unit_length
         self.nearest = nearest
         self.means = torch.tensor([entry.mean for _, _, entry in entries])
         self.deviations = torch.tensor([entry.sd for _, _, entry in entries])
@@ -114,9 +127,13 @@ class Locator:
         other.score = score
         return other
 
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Features as the densities see them: [B, D] -> [B, 256]."""
+        return project(self.frame, features, unit_length=self.unit_length)
+
     def errors(self, features: torch.Tensor) -> torch.Tensor:
         """Raw errors of all tasks: [B, D] -> [B, N], `raw_error` less that of the background where there is one."""
-        return self._errors(self.stacked, project(self.frame, features))
+        return self._errors(self.stacked, self.project(features))
 
     def scores(self, errors: torch.Tensor) -> torch.Tensor:
         """Raw errors of all tasks -> comparable scores, [B, N]; lower is nearer. Not for "neg_elbo", which needs more.
@@ -130,14 +147,14 @@ class Locator:
 
     def candidates(self, features: torch.Tensor) -> torch.Tensor:
         """The tasks that are asked: [B, D] -> [B, M] indices, `M = min(N, nearest)`, nearest prototype first."""
-        distances = squared_distance(self.prototypes, project(self.frame, features))
+        distances = squared_distance(self.prototypes, self.project(features))
         return distances.topk(min(self.nearest, len(self.tasks)), dim=1, largest=False).indices
 
     def locate(self, features: torch.Tensor) -> list[Decision]:
         """Decide for every row of [B, D]; abstain where the best task's raw error is above its threshold."""
         if not self.tasks:
             return [Decision(None, 0.0, ())] * features.shape[0]
-        projected = project(self.frame, features)
+        projected = self.project(features)
         if len(self.tasks) <= self.nearest:
             everything = torch.arange(len(self.tasks))
             scores, errors = self._ask(self.stacked, projected, everything)

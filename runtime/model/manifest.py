@@ -99,7 +99,8 @@ class LocatorRef(Record):
     `layer` says where the residual stream is read: what enters that layer; layer 0 is entered by the token embeddings,
     and layer L is what leaves the last one. `residual_last` is its value at the prompt's last token, `residual_mean`
     its mean over the prompt. `beta` weighs the KL term of the score "neg_elbo". `background` names the density of
-    prompts in general, whose error every task's is taken against; null takes errors as they are.
+    prompts in general, whose error every task's is taken against; null takes errors as they are. With `unit_length`
+    projected features are brought to one length before they are compared.
     """
 
     frame: Digest
@@ -109,6 +110,7 @@ class LocatorRef(Record):
     density: Density = "vae"
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     background: Digest | None = None
+    unit_length: bool = False
 
     @model_validator(mode="after")
     def _fits_the_density(self) -> Self:
