@@ -29,7 +29,9 @@ from training.task import train_task
 from training.usage import router_usage
 
 CPU = torch.device("cpu")
-CONFIG = TrainingConfig(first_layer=1, epochs=10, learning_rate=1e-2, locator_steps=20, store_dtype="float32", rank=4)
+CONFIG = TrainingConfig(
+    first_layer=1, epochs=10, batch_size=16, learning_rate=1e-2, locator_steps=20, store_dtype="float32", rank=4
+)
 QUICK = dataclasses.replace(CONFIG, max_steps=2)
 LETTERS = {"a": "1", "Z": "2", "3": "3", "?": "4"}
 SIGNS = {"+": "p", "q": "m", "=": "e", "7": "s"}
@@ -281,7 +283,7 @@ def test_a_pass_gives_every_row_once_in_batches_of_similar_length() -> None:
     rows = [Row(tuple(range(rng.randint(1, 60))), (i, 2)) for i in range(150)]
     batches = list(shuffled_batches(rows, batch_size=16, rng=random.Random(0)))
     assert Counter(row for batch in batches for row in batch) == Counter(rows)
-    assert len(batches) == 10 == TrainingConfig(epochs=1).num_steps(150)
+    assert len(batches) == 10 == TrainingConfig(epochs=1, batch_size=16).num_steps(150)
     padded = sum(len(batch) * max(row.num_tokens for row in batch) for batch in batches)
     assert padded < 1.25 * sum(row.num_tokens for row in rows)
     again = list(shuffled_batches(rows, batch_size=16, rng=random.Random(0)))
