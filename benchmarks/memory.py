@@ -1,7 +1,9 @@
 """Expert memory, measured: many registered experts, cold against warm, budgets smaller than the working set, guesses.
 
-It prints JSON rows and writes benchmarks/results/memory.json; figures are ratios of medians taken in one run.
-Read first: run it on a quiet machine. Synthetic experts of rank 8 on the real base; see `benchmarks/synthetic.py`.
+It prints JSON rows and writes benchmarks/results/memory.json and memory.png; figures are ratios taken in one run.
+Read first: run it on a quiet machine; what is compared takes turns, so that a slow minute slows both. Synthetic experts
+on the real base, the engine as it is served by default. A prompt is a task's own words and an input that differs from
+request to request, so guesses can be wrong. `docs/MEMORY.md` says what each workload stands for.
 
     python benchmarks/memory.py --folder build/memory
 """
@@ -9,18 +11,20 @@ Read first: run it on a quiet machine. Synthetic experts of rank 8 on the real b
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
@@ -28,23 +32,40 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from synthetic import make_repertoire, name_of, prompt_of
+from synthetic import make_repertoire, name_of
 
 from greenroom.cli.places import cache_folder
 from runtime.engine.engine import Engine
-from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Request, SamplingParams
+from runtime.engine.step_model import make_step_model
+from runtime.engine.step_protocol import StepModel
+from runtime.memory.memory import ExpertMemory
+from runtime.memory.visible import VisibleSets
 from runtime.model.base import BaseModel, load_base, resolve_base
 from runtime.model.generation import open_generation
 from runtime.model.repertoire import Repertoire
 
+RESULTS = Path(__file__).parent / "results" / "memory.json"
 RANK = 8
-NEW_TOKENS = 16
+LARGE_RANK = 64
+SHARES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+WORDS = (Path(__file__).parent / "words.txt").read_text().split()
+
+
+def prompt(task: int, variant: int = 0, *, num_words: int = 96) -> str:
+    """Three quarters of the words are the task's own; the rest is the request's."""
+    own = random.Random(task).choices(WORDS, k=3 * num_words // 4)
+    return " ".join([*own, *random.Random(f"{task}/{variant}").choices(WORDS, k=num_words // 4)])
+
+
+def short_prompt(task: int, variant: int = 0) -> str:
+    """The same in eight words."""
+    return prompt(task, variant, num_words=8)
 
 
 class Asked:
-    """One request on its way; `first_s` and `total_s` once it has ended."""
+    """One request on its way."""
 
     def __init__(self) -> None:
         self._ended = threading.Event()
@@ -64,63 +85,79 @@ class Asked:
         assert isinstance(self._last, Finished)
         return self._last
 
+    def first_s(self) -> float:
+        """Seconds to the first token."""
+        return self.wait().usage.first_token_s
+
+
+class Served:
+    """An engine with requests to it."""
+
+    def __init__(self, engine: Engine, prompt: Callable[[int, int], str]) -> None:
+        self.engine, self.prompt = engine, prompt
+        self._count = 0
+
+    def ask(self, task: int, *, num_tokens: int, pinned: bool = False) -> Asked:
+        """Ask something of a task, which is located unless it is pinned."""
+        self._count += 1
+        request = Request(
+            request_id=str(self._count),
+            text=self.prompt(task, self._count),
+            task=name_of(task) if pinned else None,
+            sampling=SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+        )
+        asked = Asked()
+        self.engine.submit(request, asked.sink)
+        return asked
+
+    def burst(self, tasks: Sequence[int], *, width: int, num_tokens: int, pinned: bool = False) -> float:
+        """Tokens per second of these requests, `width` in flight at a time."""
+        started, flying = time.perf_counter(), list[Asked]()
+        for task in tasks:
+            if len(flying) == width:
+                flying.pop(0).wait()
+            flying.append(self.ask(task, num_tokens=num_tokens, pinned=pinned))
+        for asked in flying:
+            asked.wait()
+        return len(tasks) * num_tokens / (time.perf_counter() - started)
+
 
 class Bench:
     """Engines over one set of base weights."""
 
-    def __init__(self, model: LlamaModel, base: BaseModel) -> None:
+    def __init__(self, model: StepModel, base: BaseModel) -> None:
         self.model, self.base = model, base
-        self._count = 0
 
     @contextmanager
-    def engine(self, repertoire: Repertoire, **options: object):  # noqa: ANN201
-        """A started engine that is closed in the end."""
+    def serve(
+        self, repertoire: Repertoire, *, prompt: Callable[[int, int], str] = prompt, **options: object
+    ) -> Iterator[Served]:
+        """A started engine that has read its densities; closed in the end."""
+        limits = {"max_context": 256, "prefix_budget_bytes": 0, "kv_budget_bytes": 128 << 20, **options}
+        generation = open_generation(repertoire, routers=False)
+        generation.densities.locators()
         engine = Engine(
             self.model,
             self.base.tokenizer,
             self.base.eos_token_ids,
             repertoire=repertoire,
-            generation=open_generation(repertoire, routers=False),
-            options=EngineOptions(max_context=256, prefix_budget_bytes=0, **options),  # type: ignore[arg-type]
+            generation=generation,
+            options=EngineOptions(**limits),  # type: ignore[arg-type]
         )
         engine.start()
         try:
-            yield engine
+            yield Served(engine, prompt)
         finally:
             engine.close()
             engine.check_integrity()
 
-    def submit(self, engine: Engine, task: int, *, pinned: bool, num_tokens: int = NEW_TOKENS) -> Asked:
-        """Ask the prompt of a task."""
-        self._count += 1
-        asked = Asked()
-        request = Request(
-            request_id=str(self._count),
-            text=prompt_of(task),
-            task=name_of(task) if pinned else None,
-            sampling=SamplingParams(max_tokens=num_tokens, ignore_eos=True),
-        )
-        engine.submit(request, asked.sink)
-        return asked
 
-    def throughput(self, engine: Engine, tasks: Sequence[int], *, width: int, pinned: bool = True) -> float:
-        """Tokens per second of these requests, `width` in flight at a time."""
-        started, flying, left = time.perf_counter(), [], list(tasks)
-        while flying or left:
-            while left and len(flying) < width:
-                flying.append(self.submit(engine, left.pop(0), pinned=pinned))
-            flying.pop(0).wait()
-        return len(tasks) * NEW_TOKENS / (time.perf_counter() - started)
-
-
-def drop_page_cache(repertoire: Repertoire) -> None:
-    """Ask the kernel to forget the blobs."""
-    os.sync()
-    for path in (repertoire.root / "blobs").rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+def drop_pages(repertoire: Repertoire, task: int) -> None:
+    """Let the kernel forget the bytes of a task's experts: the next read comes from the disk."""
+    for entry in repertoire.manifest().experts[task : task + 1]:
+        descriptor = os.open(repertoire.blob_path(entry.digest), os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def set_bytes(repertoire: Repertoire) -> int:
@@ -129,50 +166,83 @@ def set_bytes(repertoire: Repertoire) -> int:
     return sum(unit.bytes + manifest.base.width * 4 for unit in manifest.experts[0].units)
 
 
-def registered(bench: Bench, few: Repertoire, many: Repertoire, repeats: int) -> dict[str, float]:
-    """Throughput of the same 8 sequences of 5 tasks with 5 and with 1,000 tasks registered; start-up per task."""
-    speeds: dict[str, list[float]] = {"few": [], "many": []}
-    startup = {}
-    for name, repertoire in (("few", few), ("many", many)):
-        started = time.perf_counter()
-        opened = open_generation(repertoire, routers=False)
-        startup[name] = (time.perf_counter() - started) / len(opened.manifest.tasks)
-        del opened
-    for _ in range(repeats):
-        for name, repertoire in (("few", few), ("many", many)):
-            with bench.engine(repertoire) as engine:
-                tasks = [i % 5 for i in range(8)]
-                bench.throughput(engine, tasks, width=8)
-                speeds[name].append(bench.throughput(engine, tasks * 4, width=8))
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
+# ---- many registered
+
+
+def registered(bench: Bench, few: Repertoire, many: Repertoire, repeats: int) -> dict[str, object]:
+    """Throughput of 8 sequences of 5 tasks with 5 and with 1,000 tasks registered; start-up and memory of each."""
+    ratios = []
+    with bench.serve(few) as small, bench.serve(many) as large:
+        for repeat in range(2 * repeats + 1):
+            speeds = [s.burst([i % 5 for i in range(16)], width=8, num_tokens=16, pinned=True) for s in (small, large)]
+            if repeat:
+                ratios.append(speeds[1] / speeds[0])
+    rows = {name: in_child("startup", repertoire.root) for name, repertoire in (("few", few), ("many", many))}
+    return {"throughput_1000_over_5": statistics.median(ratios), "startup": rows}
+
+
+def in_child(part: str, folder: Path) -> dict[str, float]:
+    """What a fresh process measures: `part` on a repertoire."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--child", part]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # type: ignore[no-any-return]
+
+
+def startup(folder: Path) -> dict[str, float]:
+    """Of a process without a base: what it costs to open a generation, and to have 5 tasks' experts in memory."""
+    repertoire = Repertoire(folder)
+    sizes = [_rss()]
+    started = time.perf_counter()
+    generation = open_generation(repertoire, routers=False)
+    opened_s = time.perf_counter() - started
+    sizes.append(_rss())
+    memory = ExpertMemory(budget_bytes=64 << 20)
+    visible = VisibleSets(repertoire, max_rank=LARGE_RANK)
+    held = [memory.reserve(visible.of(generation, name_of(task))) for task in range(5)]
+    while not all(reservation is not None and reservation.ready for reservation in held):
+        time.sleep(0.01)
+    sizes.append(_rss())
+    generation.densities.locators()
+    sizes.append(_rss())
+    num_tasks = len(generation.manifest.tasks)
+    steps = [(after - before) / 1e6 for before, after in pairwise(sizes)]
     return {
-        "throughput_1000_over_5": medians["many"] / medians["few"],
-        "startup_ms_per_task_5": 1e3 * startup["few"],
-        "startup_ms_per_task_1000": 1e3 * startup["many"],
+        "tasks": num_tasks,
+        "ms_per_task": 1e3 * opened_s / num_tasks,
+        "manifest_mb": steps[0],
+        "experts_of_5_tasks_mb": steps[1],
+        "densities_mb": steps[2],
     }
 
 
-def first_tokens(bench: Bench, repertoire: Repertoire, tasks: Sequence[int], *, prefetch: bool) -> dict[str, float]:
-    """Median seconds to the first token, located, one request at a time: experts on disk, then in memory."""
-    with bench.engine(repertoire, prefetch=prefetch) as engine:
-        bench.submit(engine, 0, pinned=True, num_tokens=2).wait()
-        cold = [bench.submit(engine, task, pinned=False, num_tokens=2).wait().usage.first_token_s for task in tasks]
-        warm = [bench.submit(engine, task, pinned=False, num_tokens=2).wait().usage.first_token_s for task in tasks]
-    return {"cold": statistics.median(cold), "warm": statistics.median(warm)}
+def _rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def cold_and_warm(bench: Bench, repertoire: Repertoire) -> dict[str, float]:
-    """Time to first token of absent experts over that of resident ones."""
-    tasks = range(8, 40)
-    figures = {}
-    for prefetch in (True, False):
-        for cache in ("warm", "cold"):
-            if cache == "cold":
-                drop_page_cache(repertoire)
-            times = first_tokens(bench, repertoire, tasks, prefetch=prefetch)
-            name = f"cold_over_warm_ttft_{'prefetch' if prefetch else 'off'}_{cache}_pages"
-            figures[name] = times["cold"] / times["warm"]
+# ---- cold against warm
+
+
+def cold_and_warm(bench: Bench, long: Repertoire, short: Repertoire, num_tasks: int) -> dict[str, object]:
+    """Time to first token of absent experts over that of resident ones, one request at a time, right after another."""
+    figures: dict[str, float] = {}
+    for length, repertoire, words in (("", long, prompt), ("_short_prompt", short, short_prompt)):
+        times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        with bench.serve(repertoire, prompt=words) as on, bench.serve(repertoire, prompt=words, prefetch=False) as off:
+            for task in range(num_tasks):
+                for name, served in (("prefetch", on), ("off", off)):
+                    for pages in ("warm", "cold"):
+                        served.engine.evict(name_of(task))
+                        if pages == "cold":
+                            drop_pages(repertoire, task)
+                        cold, warm = (served.ask(task, num_tokens=1).first_s() for _ in range(2))
+                        times[f"cold_over_warm_ttft{length}_{name}_{pages}_pages"].append((cold, warm))
+        for name, pairs in times.items():
+            cold_s, warm_s = (statistics.median(pair[i] for pair in pairs[2:]) for i in (0, 1))
+            figures[name] = cold_s / warm_s
+            figures[f"warm_ttft{length}_ms"] = 1e3 * warm_s
     return {"cold_over_warm_ttft": figures["cold_over_warm_ttft_prefetch_warm_pages"], **figures}
+
+
+# ---- budgets smaller than the working set
 
 
 def zipf(num_tasks: int, count: int, seed: int) -> list[int]:
@@ -185,49 +255,92 @@ def pressure(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int)
     """Throughput under Zipf traffic as the working set grows past the budget, over that with everything resident."""
     size = set_bytes(repertoire)
     curve = []
-    for share in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
+    for share in SHARES:
         ratios = []
-        for repeat in range(repeats):
-            tasks = zipf(num_tasks, 64, seed=repeat)
-            speeds = []
-            for budget in (num_tasks * size, int(num_tasks * size / share)):
-                with bench.engine(repertoire, expert_budget_bytes=budget) as engine:
-                    bench.throughput(engine, range(num_tasks), width=4)
-                    speeds.append(bench.throughput(engine, tasks, width=4, pinned=False))
-            ratios.append(speeds[1] / speeds[0])
-        curve.append({"working_set_over_budget": share, "throughput_over_resident": statistics.median(ratios)})
+        budget = max(4 * size, int(num_tasks * size / share))
+        with (
+            bench.serve(repertoire, expert_budget_bytes=2 * num_tasks * size, prefetch=True) as resident,
+            bench.serve(repertoire, expert_budget_bytes=budget) as bounded,
+        ):
+            for served in (resident, bounded):
+                served.burst(range(num_tasks), width=4, num_tokens=2)
+            for repeat in range(repeats):
+                tasks = zipf(num_tasks, 24, seed=repeat)
+                speeds = [served.burst(tasks, width=4, num_tokens=16) for served in (resident, bounded)]
+                ratios.append(speeds[1] / speeds[0])
+            memory = bounded.engine.statistics().memory
+        hits = memory.hits / (memory.hits + memory.misses)
+        curve.append(
+            {
+                "working_set_over_budget": num_tasks * size / budget,
+                "throughput_over_resident": statistics.median(ratios),
+                "hit_rate": hits,
+            }
+        )
     at_two = next(point for point in curve if point["working_set_over_budget"] == 2.0)
     return {"throughput_at_2x_over_resident": at_two["throughput_over_resident"], "curve": curve}
 
 
+# ---- churn
+
+
 def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) -> dict[str, float]:
-    """P99 of the time to first token with guesses over that without, working set twice the budget."""
+    """P99 of the time to first token with guesses over that without.
+
+    Short answers of 16 tasks, each as likely, large experts, room for half of them, nothing of them in the page cache:
+    two requests run, and two wait for their turn.
+    """
     budget = num_tasks * set_bytes(repertoire) // 2
-    p99: dict[bool, list[float]] = {True: [], False: []}
-    useful = wasted = demanded = 0
-    for repeat in range(repeats):
-        tasks = zipf(num_tasks, 96, seed=100 + repeat)
-        for prefetch in (True, False):
-            with bench.engine(repertoire, expert_budget_bytes=budget, prefetch=prefetch) as engine:
-                times = []
-                flying: list[Asked] = []
-                for task in tasks:
-                    flying.append(bench.submit(engine, task, pinned=False, num_tokens=4))
-                    if len(flying) == 2:
-                        times.append(flying.pop(0).wait().usage.first_token_s)
-                times += [asked.wait().usage.first_token_s for asked in flying]
-                p99[prefetch].append(sorted(times)[int(0.99 * len(times))])
-                memory = engine.statistics().memory
-                if prefetch:
-                    useful += memory.prefetch_useful_bytes
-                    wasted += memory.prefetch_wasted_bytes
-                    demanded += memory.demanded_bytes
+    times: dict[bool, list[float]] = {True: [], False: []}
+    options = {"prompt": short_prompt, "expert_budget_bytes": budget, "max_running": 2}
+    with (
+        bench.serve(repertoire, prefetch=True, **options) as on,  # type: ignore[arg-type]
+        bench.serve(repertoire, prefetch=False, **options) as off,  # type: ignore[arg-type]
+    ):
+        for repeat in range(2 * repeats):
+            tasks = random.Random(repeat).choices(range(num_tasks), k=50)
+            for prefetch, served in ((True, on), (False, off)):
+                flying: list[tuple[int, Asked]] = []
+                for task in [*tasks, *[-1] * 4]:
+                    if len(flying) == 4 or (task < 0 and flying):
+                        ended, asked = flying.pop(0)
+                        times[prefetch].append(asked.first_s())
+                        drop_pages(repertoire, ended)
+                    if task >= 0:
+                        flying.append((task, served.ask(task, num_tokens=4)))
+        memory = on.engine.statistics().memory
+    settled = memory.prefetch_useful_bytes + memory.prefetch_wasted_bytes
     return {
-        "p99_ttft_prefetch_over_off": statistics.median(p99[True]) / statistics.median(p99[False]),
-        "prefetch_precision": useful / max(1, useful + wasted),
-        "prefetch_recall": useful / max(1, useful + demanded),
-        "wasted_bytes_share": wasted / max(1, useful + wasted),
+        "p99_ttft_prefetch_over_off": percentile(times[True], 0.99) / percentile(times[False], 0.99),
+        "p50_ttft_prefetch_over_off": percentile(times[True], 0.5) / percentile(times[False], 0.5),
+        "p99_ttft_off_ms": 1e3 * percentile(times[False], 0.99),
+        "prefetch_precision": memory.prefetch_precision,
+        "prefetch_recall": memory.prefetch_recall,
+        "wasted_bytes_share": memory.prefetch_wasted_bytes / max(1, settled),
     }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def draw(curve: Sequence[dict[str, float]], path: Path) -> None:
+    """Throughput over pressure."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    across = [point["working_set_over_budget"] for point in curve]
+    axes.plot(
+        across, [point["throughput_over_resident"] for point in curve], "o-", color="tab:green", label="throughput"
+    )
+    axes.plot(across, [point["hit_rate"] for point in curve], "s--", color="grey", label="hit rate")
+    axes.set(xlabel="working set / expert budget", ylabel="over all resident", ylim=(0, 1.1))
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -236,33 +349,64 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/memory"), help="where synthetic repertoires go")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--many", type=int, default=1000, help="tasks in the large repertoire")
-    parser.add_argument("--working-set", type=int, default=16, help="tasks of the Zipf traffic")
+    parser.add_argument("--working-set", type=int, default=16, help="tasks of the traffic")
+    parser.add_argument("--part", choices=["registered", "cold_and_warm", "pressure", "churn"], help="only this one")
+    parser.add_argument("--child", choices=["startup"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child:
+        print(json.dumps(startup(options.folder)))
+        return
     base = load_base(resolve_base("smollm2", cache=cache_folder()), dtype=torch.float32, device=torch.device("cpu"))
-    few = make_repertoire(options.folder / "few", base, 5, rank=RANK, locate=False)
-    some = make_repertoire(options.folder / "some", base, 64, rank=RANK, locate=True)
-    many = make_repertoire(options.folder / "many", base, options.many, rank=RANK, locate=False)
-    bench = Bench(LlamaModel(base.model, max_context=256), base)
-    gc.collect()
+    bench = Bench(
+        make_step_model(
+            base.model,
+            max_context=256,
+            weights="float32",
+            step="auto",
+            folder=cache_folder() / "native",
+            threads=torch.get_num_threads(),
+        ),
+        base,
+    )
+
+    def repertoire(name: str, num_tasks: int, **fields: object) -> Repertoire:
+        chosen = {"rank": RANK, "locate": True, "prompt": prompt, **fields}
+        return make_repertoire(options.folder / name, base, num_tasks, **chosen)  # type: ignore[arg-type]
+
+    working_set, repeats = options.working_set, options.repeats
+    some = repertoire("some", working_set)
+    parts: dict[str, Callable[[], dict[str, object]]] = {
+        "registered": lambda: registered(
+            bench,
+            repertoire("few", 5, locate=False),
+            repertoire("many", options.many, locate=False),
+            repeats,
+        ),
+        "cold_and_warm": lambda: cold_and_warm(
+            bench, some, repertoire("short", working_set, prompt=short_prompt), working_set
+        ),
+        "pressure": lambda: pressure(bench, some, working_set, repeats),
+        "churn": lambda: dict(
+            churn(bench, repertoire("large", working_set, rank=LARGE_RANK, prompt=short_prompt), working_set, repeats)
+        ),
+    }
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} at the start",
         "command": "python " + " ".join(sys.argv),
-        "expert_set_bytes": set_bytes(few),
+        "expert_set_bytes": set_bytes(some),
+        "prompt_tokens": len(base.tokenizer.encode(prompt(0))),
     }
-    for name, part in (
-        ("registered", lambda: registered(bench, few, many, options.repeats)),
-        ("cold_and_warm", lambda: cold_and_warm(bench, some)),
-        ("pressure", lambda: pressure(bench, some, options.working_set, options.repeats)),
-        ("churn", lambda: churn(bench, some, options.working_set, options.repeats)),
-    ):
-        figures = part()
-        print(json.dumps({"part": name, **figures}), flush=True)
-        results |= figures
+    for name, part in parts.items():
+        if options.part in (None, name):
+            started = time.perf_counter()
+            figures = part()
+            print(json.dumps({"part": name, "took_s": round(time.perf_counter() - started), **figures}), flush=True)
+            results |= figures
     results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    target = Path(__file__).parent / "results" / "memory.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {target}")
+    if options.part is None:
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        draw(results["curve"], RESULTS.with_suffix(".png"))  # type: ignore[arg-type]
+        print(f"written to {RESULTS}")
 
 
 if __name__ == "__main__":

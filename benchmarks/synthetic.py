@@ -8,6 +8,7 @@ Read first: task i sees only its own experts unless asked otherwise, and is loca
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,7 +41,14 @@ def name_of(task: int) -> str:
 
 
 def make_repertoire(
-    root: Path, base: BaseModel, num_tasks: int, *, rank: int, locate: bool, see_all: bool = False
+    root: Path,
+    base: BaseModel,
+    num_tasks: int,
+    *,
+    rank: int,
+    locate: bool,
+    see_all: bool = False,
+    prompt: Callable[[int], str] = prompt_of,
 ) -> Repertoire:
     """Publish generation 1 with `num_tasks` tasks; does nothing if it is there.
 
@@ -51,6 +59,7 @@ def make_repertoire(
         rank: R of every expert.
         locate: give every task a density at its prompt; otherwise tasks must be pinned.
         see_all: every task sees all tasks' experts, two per token; otherwise its own alone.
+        prompt: where a task's density is.
     """
     repertoire = Repertoire(root)
     if repertoire.head() is not None:
@@ -69,7 +78,7 @@ def make_repertoire(
     shapes = frame_shapes(ref.width)
     frame = {"mean": torch.zeros(shapes["mean"]), "deviation": torch.ones(shapes["deviation"])}
     frame["projection"] = torch.randn(ref.width, PROJECTED, generator=generator) / ref.width**0.5
-    prompts = [template.encode(base.tokenizer, prompt_of(task)) for task in range(num_tasks if locate else 1)]
+    prompts = [template.encode(base.tokenizer, prompt(task)) for task in range(num_tasks if locate else 1)]
     points = {layer: project(frame, features(base, prompts, layer)) for layer in (first_layer, 0)}
     sets: list[ExpertSet] = []
     tasks: list[Task] = []
