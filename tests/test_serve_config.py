@@ -85,6 +85,27 @@ def test_a_mistake_in_the_file_is_named_by_its_key(tmp_path: Path, text: str, fi
     assert result.stderr.startswith(f"greenroom: {field}=")
 
 
+def test_floors_ranks_and_the_device_budget_reach_the_engine(tmp_path: Path) -> None:
+    text = 'repertoire = "r"\n[engine]\ntenant_floors = "gold=2MiB, tin=1000"\nmax_rank = 8\ndevice_memory = "3MiB"'
+    limits = load_config(written(tmp_path, text), {}).engine_flags().limits
+    assert dict(limits.tenant_floors) == {"gold": 2 << 20, "tin": 1000}
+    assert (limits.max_rank, limits.device_budget_bytes) == (8, 3 << 20)
+    assert not DEFAULTS.engine_flags().limits.tenant_floors
+
+
+@pytest.mark.parametrize("floors", ["gold", "=1MiB", "gold=", "gold=1,gold=2", "gold=much"])
+def test_floors_that_name_no_tenant_or_size_or_one_twice_are_refused(floors: str) -> None:
+    config = load_config(None, {"repertoire": Path("r"), "tenant_floors": floors})
+    with pytest.raises(InvalidInputError, match="tenant_floors"):
+        config.engine_flags()
+
+
+def test_floors_that_leave_nothing_of_the_budget_are_refused() -> None:
+    config = load_config(None, {"repertoire": Path("r"), "tenant_floors": "gold=9MiB", "expert_memory": "9MiB"})
+    with pytest.raises(InvalidInputError, match="must leave some of the expert budget"):
+        config.engine_flags()
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     result = run("serve", "--config", str(tmp_path / "none"))
     assert result.exit_code == 2

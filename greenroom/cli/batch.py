@@ -58,6 +58,8 @@ def batch(
     ] = _DEFAULT.ignore_eos,
     seed: Annotated[int | None, typer.Option(help="Of sampling; each row adds its line. By default: 0.")] = None,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
+    device_memory: flags.DeviceMemoryFlag = flags.DEFAULT_DEVICE_MEMORY,
+    max_rank: flags.MaxRankFlag = flags.LIMITS.max_rank,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,
     policy: flags.PolicyFlag = flags.LIMITS.policy,
@@ -84,6 +86,9 @@ def batch(
         device=device,
         threads=threads,
         expert_memory=expert_memory,
+        device_memory=device_memory,
+        tenant_floors="",  # a file's rows are nobody's in particular
+        max_rank=max_rank,
         kv_memory=kv_memory,
         prefix_memory="0B",  # what ran before must not change how a shard is computed
         max_running=max_running,

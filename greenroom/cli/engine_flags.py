@@ -27,6 +27,13 @@ BaseFlag = Annotated[
     typer.Option("--base", help="Known name or folder of the base model. By default: what the repertoire names."),
 ]
 ExpertMemoryFlag = Annotated[str, typer.Option("--expert-memory", help="Bytes of experts in memory, as in 64MiB.")]
+DeviceMemoryFlag = Annotated[
+    str, typer.Option("--device-memory", help="Bytes of experts on a GPU, as in 1GiB; on a CPU it counts for nothing.")
+]
+MaxRankFlag = Annotated[int, typer.Option("--max-rank", min=1, help="Experts of a higher rank are refused.")]
+TenantFloorsFlag = Annotated[
+    str, typer.Option("--tenant-floors", help="Bytes that others leave a tenant's experts, as in gold=64MiB,tin=8MiB.")
+]
 PrefixMemoryFlag = Annotated[
     str, typer.Option("--prefix-memory", help="Bytes kept of earlier prompts' beginnings; 0B keeps none.")
 ]
@@ -56,6 +63,8 @@ DraftFlag = Annotated[
 
 LIMITS = EngineOptions()
 DEFAULT_EXPERT_MEMORY = f"{LIMITS.expert_budget_bytes >> 20}MiB"
+DEFAULT_DEVICE_MEMORY = f"{LIMITS.device_budget_bytes >> 20}MiB"
+DEFAULT_TENANT_FLOORS = ""
 DEFAULT_KV_MEMORY = f"{LIMITS.kv_budget_bytes >> 20}MiB"
 DEFAULT_PREFIX_MEMORY = f"{LIMITS.prefix_budget_bytes >> 20}MiB"
 DEFAULT_DTYPE: WeightKind = "float32"
@@ -102,6 +111,9 @@ def collect(
     device: DeviceKind,
     threads: int,
     expert_memory: str,
+    device_memory: str,
+    tenant_floors: str,
+    max_rank: int,
     kv_memory: str,
     prefix_memory: str,
     max_running: int,
@@ -117,6 +129,9 @@ def collect(
     """
     limits = EngineOptions(
         expert_budget_bytes=parse_size("expert_memory", expert_memory),
+        device_budget_bytes=parse_size("device_memory", device_memory),
+        tenant_floors=parse_sizes("tenant_floors", tenant_floors),
+        max_rank=max_rank,
         kv_budget_bytes=parse_size("kv_memory", kv_memory),
         prefix_budget_bytes=parse_size("prefix_memory", prefix_memory, least=0),
         max_running=max_running,
@@ -135,6 +150,21 @@ def collect(
         threads=threads,
         limits=limits,
     )
+
+
+def parse_sizes(field: str, text: str) -> dict[str, int]:
+    """Bytes by name of "gold=64MiB,tin=8MiB"; none of "".
+
+    Raises:
+        InvalidInputError: anything else, or a name that stands there twice; carries `field`.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, found, size = (piece.strip() for piece in part.partition("="))
+        if not (name and found) or name in sizes:
+            raise InvalidInputError(field, text, "is NAME=SIZE,NAME=SIZE, each name once")
+        sizes[name] = parse_size(field, size)
+    return sizes
 
 
 def parse_size(field: str, text: str, *, least: int = 1) -> int:

@@ -32,6 +32,9 @@ def serve(
         str, typer.Option(help="What OpenAI and Triton clients call the repertoire: model NAME or NAME:TASK.")
     ] = _SERVER.name,
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
+    device_memory: flags.DeviceMemoryFlag = flags.DEFAULT_DEVICE_MEMORY,
+    tenant_floors: flags.TenantFloorsFlag = flags.DEFAULT_TENANT_FLOORS,
+    max_rank: flags.MaxRankFlag = flags.LIMITS.max_rank,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     prefix_memory: flags.PrefixMemoryFlag = flags.DEFAULT_PREFIX_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,

@@ -39,6 +39,9 @@ class EngineSection(_Section):
     device: DeviceKind = flags.DEFAULT_DEVICE
     threads: Annotated[int, Field(ge=0)] = flags.DEFAULT_THREADS
     expert_memory: str = flags.DEFAULT_EXPERT_MEMORY
+    device_memory: str = flags.DEFAULT_DEVICE_MEMORY
+    tenant_floors: str = flags.DEFAULT_TENANT_FLOORS
+    max_rank: Annotated[int, Field(ge=1)] = flags.LIMITS.max_rank
     kv_memory: str = flags.DEFAULT_KV_MEMORY
     prefix_memory: str = flags.DEFAULT_PREFIX_MEMORY
     max_running: Annotated[int, Field(ge=1)] = flags.LIMITS.max_running
