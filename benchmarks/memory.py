@@ -272,7 +272,7 @@ def pressure(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int)
         hits = memory.hits / (memory.hits + memory.misses)
         curve.append(
             {
-                "working_set_over_budget": num_tasks * size / budget,
+                "working_set_over_budget": share,
                 "throughput_over_resident": statistics.median(ratios),
                 "hit_rate": hits,
             }

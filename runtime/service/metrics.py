@@ -23,7 +23,16 @@ OTHER = "_other"
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
-_TIER_COUNTS = ("hits", "misses", "loads", "evictions", "failures", "prefetch_useful_bytes", "prefetch_wasted_bytes")
+_TIER_COUNTS = (
+    "hits",
+    "misses",
+    "loads",
+    "evictions",
+    "failures",
+    "prefetch_useful_bytes",
+    "prefetch_wasted_bytes",
+    "demanded_bytes",
+)
 
 
 class Metrics:
@@ -131,7 +140,7 @@ class _EngineCollector:
         yield from self._tier("host", now)
 
     def _tier(self, tier: str, now: EngineStatistics) -> Iterator[Metric]:
-        for name in ("budget_bytes", "resident_bytes", "reserved_bytes"):
+        for name in ("budget_bytes", "resident_bytes", "reserved_bytes", "pinned_bytes"):
             gauge = GaugeMetricFamily(f"greenroom_expert_{name}", "Of expert memory.", labels=("tier",))
             gauge.add_metric([tier], getattr(now.memory, name))
             yield gauge
