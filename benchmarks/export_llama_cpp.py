@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--server", type=Path, required=True, help="the program llama-server")
     parser.add_argument("--gguf", type=Path, required=True, help="the base, converted")
     parser.add_argument("--weights", required=True, help="fixed weights, such as red=0.7,blue=0.3")
+    parser.add_argument("--answers", type=int, default=len(TEXTS), help="how many prompts are answered")
     parser.add_argument("--port", type=int, default=18765)
     arguments = parser.parse_args()
     folder = resolve_base(arguments.base, cache=cache_folder())
@@ -112,7 +113,7 @@ def main() -> None:
         adapter = export(copy, "gguf-lora", options=options).folder / "adapter.gguf"
         generation = open_generation(copy)
         base = load_base(folder, dtype=torch.float32, device=torch.device("cpu"))
-        prompts = [torch.tensor(generation.template.encode(base.tokenizer, text)) for text in TEXTS]
+        prompts = [torch.tensor(generation.template.encode(base.tokenizer, text)) for text in TEXTS[: arguments.answers]]
         _, mixture = read_mixture(Source(repertoire=copy, generation=generation, options=options))
         with attached_mixture(base.model, mixture):
             wanted = [greedy_answer(base.model, ids) for ids in prompts]

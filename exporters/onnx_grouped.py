@@ -14,12 +14,16 @@ import torch
 from exporters.verify import TOLERANCE
 from runtime.model.mixture import LayerGroups, Mixture, Router
 
-GRAPH = """
+START = """
 router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {{
     here = Equal(layers, layer)
     zero = Constant<value_int = 0>()
     slot_or_zero = Where(here, slots, zero)
     slot = ReduceMax<keepdims = 0>(slot_or_zero)
+"""
+"""How the graph of a task's routers begins, whatever their kind: `slot` is that of the layer, 0 where it has none."""
+
+GRAPH = """
     never = Constant<value_float = -1e30>()
     nothing = Constant<value_float = 0.0>()
     epsilon = Constant<value_float = {epsilon}>()
@@ -58,7 +62,7 @@ router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {
 def grouped_graph(mixture: Mixture, width: int, num_experts: int) -> str:
     """The graph in ONNX's textual syntax; `num_experts` are the columns, the general expert's the last."""
     groups = _groups(next(iter(mixture.routers.values())))
-    return GRAPH.format(
+    return (START + GRAPH).format(
         width=width, num_experts=num_experts, epsilon=f"{groups.epsilon:.9e}", share=f"{groups.share:.9e}"
     )
 

@@ -76,9 +76,7 @@ LINEAR = """
         ({x}, {out}_codes, {out}_scales)
 """
 
-_ROTATE = """
-    {x}_split = Reshape({x}, {shape})
-    {x}_heads = Transpose<perm = [1, 2, 0, 3]>({x}_split)
+ROTATE_HEADS = """
     {x}_lower, {x}_upper = Split<axis = -1, num_outputs = 2>({x}_heads)
     {x}_negative = Neg({x}_upper)
     {x}_turned = Concat<axis = -1>({x}_negative, {x}_lower)
@@ -86,6 +84,14 @@ _ROTATE = """
     {x}_sine = Mul({x}_turned, sine)
     {x}_rotated = Add({x}_cosine, {x}_sine)
 """
+
+_ROTATE = (
+    """
+    {x}_split = Reshape({x}, {shape})
+    {x}_heads = Transpose<perm = [1, 2, 0, 3]>({x}_split)
+"""
+    + ROTATE_HEADS
+)
 
 _ATTEND = """
     l{i}_k_columns = Transpose<perm = [0, 1, 3, 2]>(l{i}_k_rotated)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from exporters.block_codes import BLOCK
-from exporters.onnx_llama import ACTIVATE, FLOAT_ACTIVATIONS, LINEAR, NORM, ROTARY, linears
+from exporters.onnx_llama import ACTIVATE, FLOAT_ACTIVATIONS, LINEAR, NORM, ROTARY, ROTATE_HEADS, linears
 from exporters.onnx_model_hyper import INPUTS as HYPER_INPUTS
 from exporters.onnx_model_hyper import adapt
 from exporters.onnx_model_routing import INPUTS, KIND_INPUTS, KIND_START, START, layer_slots, route
@@ -97,16 +97,13 @@ _EMBED_CODES = """
 
 _FLOAT_LINEAR = "    {out} = Gemm<transB = 1>({x}, {out}_weight)\n"
 
-_ROTATE = """
+_ROTATE = (
+    """
     {x}_split = Reshape({x}, {shape})
     {x}_heads = Transpose<perm = [0, 2, 3, 1, 4]>({x}_split)
-    {x}_lower, {x}_upper = Split<axis = -1, num_outputs = 2>({x}_heads)
-    {x}_negative = Neg({x}_upper)
-    {x}_turned = Concat<axis = -1>({x}_negative, {x}_lower)
-    {x}_cosine = Mul({x}_heads, cosine)
-    {x}_sine = Mul({x}_turned, sine)
-    {x}_rotated = Add({x}_cosine, {x}_sine)
 """
+    + ROTATE_HEADS
+)
 
 _ATTEND = """
     l{i}_layer = Constant<value_int = {i}>()

@@ -16,7 +16,7 @@ import torch
 
 from exporters.manifest import Facts, FileEntry
 from exporters.onnx_graph import Progress, build_model, write_verified
-from exporters.onnx_grouped import grouped_graph, grouped_scale, grouped_settled, grouped_tensors
+from exporters.onnx_grouped import START, grouped_graph, grouped_scale, grouped_settled, grouped_tensors
 from exporters.opsets import OPSET
 from exporters.verify import SIZES, TOLERANCE, Case, Wanted
 from runtime.model.generation import Generation
@@ -24,11 +24,6 @@ from runtime.model.manifest import Manifest
 from runtime.model.mixture import Mixture, weigh
 
 _GRAPH = """
-router (float[T, {width}] x, int64 layer) => (float[T, {num_experts}] weights) {{
-    here = Equal(layers, layer)
-    zero = Constant<value_int = 0>()
-    slot_or_zero = Where(here, slots, zero)
-    slot = ReduceMax<keepdims = 0>(slot_or_zero)
     router_weight = Gather<axis = 0>(router_weights, slot)
     has_expert = Gather<axis = 0>(has_experts, slot)
     logits = MatMul(x, router_weight)
@@ -78,7 +73,7 @@ def write_routers(
             graph = grouped_graph(mixture, width, len(visible))
             tensors = grouped_tensors(mixture, columns, len(visible))
         else:
-            graph = _GRAPH.format(
+            graph = (START + _GRAPH).format(
                 width=width,
                 num_experts=len(visible),
                 num_chosen=min(mixture.top_k, len(visible)),
