@@ -113,7 +113,8 @@ def main() -> None:
         adapter = export(copy, "gguf-lora", options=options).folder / "adapter.gguf"
         generation = open_generation(copy)
         base = load_base(folder, dtype=torch.float32, device=torch.device("cpu"))
-        prompts = [torch.tensor(generation.template.encode(base.tokenizer, text)) for text in TEXTS[: arguments.answers]]
+        texts = TEXTS[: arguments.answers]
+        prompts = [torch.tensor(generation.template.encode(base.tokenizer, text)) for text in texts]
         _, mixture = read_mixture(Source(repertoire=copy, generation=generation, options=options))
         with attached_mixture(base.model, mixture):
             wanted = [greedy_answer(base.model, ids) for ids in prompts]
