@@ -4,7 +4,8 @@ It knows nothing of speed: a roofline is the least time that a card's datasheet 
 Read first: run it with `python benchmarks/export.py`. Rows go to stdout as JSON and into the key `kernels` of the
 results file; other keys of that file stay. With `--repertoire` it exports every target from a copy instead, and says in
 the key `targets` whether each was verified, its largest error, seconds and bytes; with `--data` too, a folder of tasks,
-also how well a whole model of each precision answers their held-out rows. `benchmarks/export_kinds.py` is about routers
+also how well a whole model of each precision answers their held-out rows; and in the key `locate` how soon a fresh
+process has located a prompt, and in how much memory. `benchmarks/export_kinds.py` is about routers
 of every kind.
 """
 
@@ -14,8 +15,11 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +46,19 @@ SHAPES = {
     64: (Linear(4096, 14336, (16, 64)), Linear(14336, 4096, (16, 64))),  # Llama-3-8B
 }
 """Largest rank -> gate and up, and down, of a base."""
+PROMPT = "3rd of May, 2021"
+ROUNDS = 5
+LOCATE = """
+import time
+start = time.monotonic()
+import re, sys
+from pathlib import Path
+from greenroom.locate import PromptLocator
+PromptLocator(Path(sys.argv[1])).locate([sys.argv[2]])
+seconds = time.monotonic() - start
+print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+"""What a gateway does: from the import to the first answer."""
 MEASURED = ("agreement", "divergence", "perplexity", "perplexity_torch")
 """Facts of a whole model that belong into its row."""
 
@@ -101,6 +118,27 @@ def _answers(path: Path, repertoire: Repertoire, base: Path, data: Path, per_tas
     return dict(score(path, held, repertoire, read_rows(held, repertoire, data, per_task)))
 
 
+def first_answer(repertoire: Path, base: Path) -> dict[str, object]:
+    """Seconds and peak megabytes of fresh processes that locate one prompt: in a program, and by the command."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Repertoire(shutil.copytree(repertoire, Path(place) / "copy", ignore=shutil.ignore_patterns("exports")))
+        folder = export(copy, "onnx-features", options=Options(base=base)).folder.parent
+        export(copy, "onnx-locator")
+        command = [sys.executable, "-m", "greenroom.cli.main", "locate", PROMPT, "--repertoire", str(copy.root)]
+        timed: dict[str, list[float]] = {"seconds": [], "megabytes": [], "command_seconds": []}
+        for _ in range(ROUNDS):
+            done = subprocess.run(
+                [sys.executable, "-c", LOCATE, str(folder), PROMPT], check=True, capture_output=True, text=True
+            )
+            seconds, kilobytes = done.stdout.split()
+            timed["seconds"].append(float(seconds))
+            timed["megabytes"].append(int(kilobytes) / 1000)
+            start = time.monotonic()
+            subprocess.run(command, check=True, capture_output=True)
+            timed["command_seconds"].append(time.monotonic() - start)
+    return {name: round(statistics.median(values), 3) for name, values in timed.items()} | {"rounds": ROUNDS}
+
+
 def main() -> None:
     """Measure one part, print it, and merge it into the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -135,6 +173,8 @@ def main() -> None:
             made_by["workload"] += f"; {arguments.rows} held-out rows of each task, its own mixture"
         made_by["onnxruntime"] = onnxruntime.__version__
         part = {"targets": targets, "targets_made_by": made_by}
+        part["locate"] = first_answer(arguments.repertoire, place)
+        print(json.dumps({"locate": part["locate"]}), flush=True)
     results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     results |= part
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -329,5 +329,5 @@ def test_the_documents_snippet_runs(
     section = DOCUMENT.read_text().split("\n## `onnx-model`\n")[1].split("\n## ")[0]
     (snippet,) = re.findall(r"```py\n(.*?)```", section, re.DOTALL)
     exec(compile(snippet, "EXPORT.md", "exec"), {})
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["red", "blue"]
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["red", "green"]
     assert done.folder.name in snippet
