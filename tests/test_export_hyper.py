@@ -21,13 +21,16 @@ from safetensors.torch import save
 from exporters.hyper_inputs import hyper_refusal
 from exporters.mixture_inputs import mixture_inputs
 from exporters.model_session import ModelSession
+from exporters.onnx_model import answered
 from exporters.options import Options
 from exporters.targets import export
 from runtime.engine.engine import Engine
 from runtime.errors import InvalidInputError
 from runtime.model.generation import open_generation
 from runtime.model.hyper import HyperSizes
+from runtime.model.hyper_sets import Hyper
 from runtime.model.manifest import HyperRef
+from runtime.model.mixture import Mixture
 
 IDS = torch.tensor([[1, 40, 50, 60, 70]])
 
@@ -122,3 +125,18 @@ def test_a_model_that_no_task_fits_is_refused(workshop: Workshop, tiny_base_fold
     with pytest.raises(InvalidInputError, match="it can take none of the tasks green"):
         export(workshop.repertoire, "onnx-model", options=Options(base=tiny_base_folder))
     assert files_below(workshop.repertoire.root / "exports") == []
+
+
+def test_verification_answers_the_newest_task_of_every_sort_beside_the_newest_of_all() -> None:
+    plain = Mixture(task="", digest="", top_k=1, routers={})
+    sorts = {
+        "older-arrow": dataclasses.replace(plain, kind="arrow"),
+        "arrow": dataclasses.replace(plain, kind="arrow"),
+        "grouped": dataclasses.replace(plain, kind="grouped"),
+        "request": dataclasses.replace(plain, kind="grouped", by_request=True),
+        "hyper": dataclasses.replace(
+            plain, hyper=Hyper("table", HyperSizes(width=1, bottleneck=1, factor=1, experts={}), {}, 1)
+        ),
+        **dict.fromkeys(("a", "b", "c", "d", "e"), plain),
+    }
+    assert answered(sorts) == ("arrow", "grouped", "request", "hyper", "b", "c", "d", "e")
