@@ -27,14 +27,14 @@ import torch
 from greenroom.cli.places import cache_folder
 from runtime.model.base import load_base, resolve_base
 from runtime.model.density import density_shapes
-from runtime.model.locator import NEAREST, Locator
+from runtime.model.locator import NEAREST, Locator, project
 from runtime.model.manifest import Density, LocatorEntry
 from runtime.model.prompt import default_template
 from training.config import TrainingConfig
 from training.data import read_tasks
 from training.demo_data import write_demo_data
 from training.features import features
-from training.locator import fit_entry, make_frame
+from training.locator import fit_entry, low_rank_gaussian, make_background, make_frame
 from training.reference_prompts import reference_prompts
 
 DENSITIES: tuple[Density, ...] = ("low_rank", "gaussian", "vae")
@@ -80,9 +80,10 @@ def locator_of(
     """A locator over all tasks, and held-out features of each; only `fitted` VAEs are trained, the rest perturbed."""
     config = replace(TrainingConfig(), locator_steps=200)
     frame = make_frame(reference, seed=0, density=density)
+    if density != "vae":
+        return _gaussian_locator(frame, tasks, reference, density)
     trained = [
-        fit_entry(frame, rows[:-4], reference, config, density=density, seed=i)
-        for i, rows in enumerate(tasks if density != "vae" else tasks[:fitted])
+        fit_entry(frame, rows[:-4], reference, config, density=density, seed=i) for i, rows in enumerate(tasks[:fitted])
     ]
     generator = torch.Generator().manual_seed(1)
     entries = []
@@ -96,12 +97,27 @@ def locator_of(
             }
             tensors["output.bias"] = tensors["output.bias"] + own - entry.prototype
             tensors["mean"] = own
-        elif density == "vae":
+        else:
             tensors["mean"] = entry.prototype
         found = entry.calibration
         record = LocatorEntry(digest=NOISE, mean=found.mean, sd=found.sd, threshold=found.threshold)
         entries.append((f"task-{i}", tensors, record))
     return Locator(frame, entries, score="raw", density=density), [rows[-4:] for rows in tasks]
+
+
+def _gaussian_locator(
+    frame: dict[str, torch.Tensor], tasks: list[torch.Tensor], reference: torch.Tensor, density: Density
+) -> tuple[Locator, list[torch.Tensor]]:
+    """All tasks fitted, none calibrated: the task is decided by the errors alone."""
+    record = LocatorEntry(digest=NOISE, mean=0.0, sd=1.0, threshold=1e9)
+    entries = []
+    for i, rows in enumerate(tasks):
+        seen = project(frame, rows[:-4], unit_length=True)
+        tensors = low_rank_gaussian(seen) if density == "low_rank" else {"mean": seen.mean(0)}
+        entries.append((f"task-{i}", tensors, record))
+    background = make_background(frame, reference, unit_length=True)
+    locator = Locator(frame, entries, score="raw", density=density, background=background, unit_length=True)
+    return locator, [rows[-4:] for rows in tasks]
 
 
 def decision_ms(locator: Locator, prompts: torch.Tensor) -> float:
