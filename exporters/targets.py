@@ -7,7 +7,6 @@ already, undamaged and of the same generation, does nothing.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ import onnx
 import onnxruntime
 import torch
 
-from exporters.artefact import read_artefact, replaced_folder
+from exporters.artefact import read_artefact, replaced_folder, sha256_of
 from exporters.gguf_lora import write_gguf
 from exporters.hyper_inputs import hyper_refusal
 from exporters.manifest import FILE_NAME, SCHEMA_VERSION, ExportManifest, FileEntry
@@ -164,7 +163,7 @@ def export(
     options.check(target, required=chosen.required, optional=chosen.optional)
     start = time.monotonic()
     source = repertoire.manifest(generation)
-    source_sha256 = hashlib.sha256(source.to_json()).hexdigest()
+    source_sha256 = sha256_of(repertoire.manifest_path(source.generation))
     folder = repertoire.export_folder(source.generation, options.folder_name(target))
     present, facts = read_artefact(folder), options.facts()
     if present is not None and (present.target, present.source_sha256, present.options) == (

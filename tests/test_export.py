@@ -145,6 +145,15 @@ def test_an_artefact_of_another_generation_of_the_same_number_is_replaced(three_
     assert second.manifest.files[0].sha256 != first.manifest.files[0].sha256
 
 
+def test_an_artefact_says_which_manifest_it_was_made_from_as_that_lies_on_disk(three_tasks: Workshop) -> None:
+    path = three_tasks.repertoire.root / "generations" / "000003.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields, indent=None))  # as a version with other optional fields may have written it
+    first = export(three_tasks.repertoire, "onnx-locator")
+    assert first.manifest.source_sha256 == sha256_of(path)
+    assert export(three_tasks.repertoire, "onnx-locator").was_there
+
+
 def test_what_a_crash_left_behind_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "exports" / "000001" / "onnx-locator"
     for leftover in (".partial-onnx-locator", ".replaced-onnx-locator"):
