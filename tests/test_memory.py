@@ -34,6 +34,7 @@ class Disk:
         self.bad: set[str] = set()
         self.fetches: list[tuple[int, ...]] = []
         self.fetches_runs = False
+        self._fetchers: dict[str, Callable[[Sequence[int]], None]] = {}
         self.fetch_error: Exception | None = None
 
     def set(self, name: str, num_layers: int = 2) -> VisibleSet:
@@ -49,13 +50,16 @@ class Disk:
             num_bytes=UNIT_BYTES,
             rows=rows,
             read=lambda: self._read(name, layer),
-            fetch=self._fetch if self.fetches_runs else None,
+            fetch=self._fetcher(name),
         )
 
-    def _fetch(self, layers: Sequence[int]) -> None:
-        self.fetches.append(tuple(layers))
-        if self.fetch_error is not None:
-            raise self.fetch_error
+    def _fetcher(self, name: str) -> Callable[[Sequence[int]], None] | None:
+        def fetch(layers: Sequence[int]) -> None:
+            self.fetches.append(tuple(layers))
+            if self.fetch_error is not None:
+                raise self.fetch_error
+
+        return self._fetchers.setdefault(name, fetch) if self.fetches_runs else None
 
     def _read(self, name: str, layer: int) -> Held:
         self.reading.set()
@@ -225,8 +229,27 @@ def test_layers_of_a_set_that_are_loaded_one_after_the_other_come_in_one_read_bu
     assert wanted is not None
     assert wanted.ready
     assert disk.fetches == [(-1, 0, 1, 2, 3)]
+    assert all(memory.state(key) is State.READY for key in wanted.keys)
     assert disk.reads[1:] == [("a", layer) for layer in range(-1, 4)]
     memory.check_integrity()
+    memory.close()
+
+
+def test_layers_of_two_sets_are_never_fetched_together(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=9)
+    disk.gate.clear()
+    disk.fetches_runs = True
+    first = memory.reserve(disk.set("x", 1))
+    assert disk.reading.wait(10)
+    assert first is not None
+    one, two = memory.reserve(disk.set("a", 3)), memory.reserve(disk.set("b", 1))
+    disk.gate.set()
+    loaded.wait_for(5)
+    assert one is not None
+    assert two is not None
+    assert (one.ready, two.ready) == (True, True)
+    assert disk.reads[1:] == [("a", -1), ("b", -1), ("a", 0), ("a", 1)], "by layer, whatever lies side by side"
+    assert disk.fetches == [(0, 1)]
     memory.close()
 
 

@@ -279,7 +279,12 @@ class ExpertMemory:
         work = {key: slot}
         wanted = slot.wanted
         if wanted.fetch is not None and not slot.resident:
-            more = self._loader.take_next(_RUN_BYTES // wanted.num_bytes, lambda other: _same_set(other, key))
+            slots = self._shelf.slots  # whatever is queued has its slot
+
+            def alike(other: Hashable) -> bool:
+                return slots[other].wanted.fetch == wanted.fetch  # type: ignore[index]
+
+            more = self._loader.take_next(_RUN_BYTES // wanted.num_bytes, alike)
             with self._lock:
                 work |= {other: self._shelf.slots[other] for other in more}  # type: ignore[index, misc]
                 layers = [key[1] for key, slot in work.items() if not slot.resident]
@@ -337,7 +342,3 @@ class ExpertMemory:
                     reservation.complete_if_ready(self._clock())
         if was_busy:
             self._shelf.dereference(slot)
-
-
-def _same_set(one: Hashable, other: UnitKey) -> bool:
-    return isinstance(one, tuple) and one[0] == other[0]

@@ -106,7 +106,7 @@ class VisibleSets:
         return VisibleSet(task=task, routers=routers, wanted=tuple(wanted))
 
     def _read_expert(self, source: _Source, unit: Unit) -> Expert:
-        digest = source.entry.digest
+        digest, data = source.entry.digest, source.take(unit)
         if not unit.ranks:
             raise UnboundExpertError(f"expert set {digest}: layer {unit.layer} binds to no module")
         highest = max(unit.ranks.values())
@@ -114,7 +114,7 @@ class VisibleSets:
             raise RankLimitError(
                 f"expert set {digest}: layer {unit.layer} has rank {highest}, this engine takes {self._max_rank}"
             )
-        return row_major(source.read(unit))
+        return row_major(source.read(unit, data))
 
 
 class _Source:
@@ -132,9 +132,13 @@ class _Source:
         buffers = self._repertoire.read_bytes(self.entry, units, self._base)
         self._fetched.update({unit.layer: data for unit, data in zip(units, buffers, strict=True)})
 
-    def read(self, unit: Unit) -> Expert:
-        """Check and parse one, after reading it unless it was fetched."""
-        return self._repertoire.read_unit(self.entry, unit, self._base, data=self._fetched.pop(unit.layer, None))
+    def take(self, unit: Unit) -> bytearray | None:
+        """The bytes of one that was fetched, which are nobody else's from now on; None of one that was not."""
+        return self._fetched.pop(unit.layer, None)
+
+    def read(self, unit: Unit, data: bytearray | None) -> Expert:
+        """Check and parse one, after reading it where there are no bytes."""
+        return self._repertoire.read_unit(self.entry, unit, self._base, data=data)
 
 
 def row_major(expert: Expert) -> Expert:
