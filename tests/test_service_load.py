@@ -27,5 +27,5 @@ def test_under_cancels_deadlines_disconnects_and_bad_requests_all_are_accounted_
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["leaks"] == {"kv_pages": 0, "expert_references": 0, "tasks": 0, "file_handles": 0}
     assert (found["unaccounted_requests"], found["unexpected"]) == (0, {})
-    assert found["requests"] > 16
+    assert found["requests"] >= 16, "each stream asks at least once"
     assert {kind.split()[0] for kind in found["outcomes"]} >= {"answer", "cancel", "deadline", "disconnect", "bad"}
