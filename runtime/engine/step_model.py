@@ -130,16 +130,17 @@ def make_step_model(
         _log.info("steps run through the base's own modules: %s", error)
         return _module_model(model, max_context=max_context, weights=weights)
     if step != "torch":
+        torch_threads = torch.get_num_threads()
         try:
             check_runs_on(model.device)
-            made = NativeLlama(model, max_context=max_context, library=build(folder), weights=weights, threads=threads)
+            library = build(folder)
+            torch.set_num_threads(1)  # while weights are packed too: what torch does there is too little to share
+            return NativeLlama(model, max_context=max_context, library=library, weights=weights, threads=threads)
         except UnsupportedDeviceError as error:
+            torch.set_num_threads(torch_threads)
             if step == "native":
                 raise
             _log.info("steps run on torch's operations: %s", error)
-        else:
-            torch.set_num_threads(1)
-            return made
     return LlamaModel(model, max_context=max_context, keep=_KEEP[weights], launch=launch)
 
 

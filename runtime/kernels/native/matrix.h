@@ -96,7 +96,13 @@ inline Matrix view(Kind kind, int64_t rows, int64_t cols, uint8_t* data) {
 // weight decides, for narrow ones a few smaller scales are tried: they cut the tails and keep the middle.
 inline float group_scale(const float* w, int64_t count, int limit) {
   float top = 0;
-  for (int64_t c = 0; c < count; ++c) top = std::max(top, std::fabs(w[c]));
+  if (count % LANES == 0) {
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t c = 0; c < count; c += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(w + c)));
+    top = _mm512_reduce_max_ps(most);
+  } else {
+    for (int64_t c = 0; c < count; ++c) top = std::max(top, std::fabs(w[c]));
+  }
   if (limit > 7 || top == 0) return top / limit;
   float best = top / limit, least = INFINITY;
   for (int step = 0; step <= 12; ++step) {

@@ -415,8 +415,12 @@ int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows,
     }
   }
   const int64_t half = rows / 2;
-  pack(matrix, w, first, first + count, [&](int64_t r) {  // gate and up alternate, block by block
+  const auto source = [&](int64_t r) {  // gate and up alternate, block by block
     return (which != 2 ? r : r % 32 < 16 ? r / 32 * 16 + r % 16 : half + r / 32 * 16 + r % 16) - first;
+  };
+  const int64_t share = up((count + m.team.size() - 1) / m.team.size(), LANES);
+  m.team.run([&](int rank) {
+    pack(matrix, w, first + std::min(rank * share, count), first + std::min((rank + 1) * share, count), source);
   });
   return 0;
 }
