@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from training.contest_result import table
+from training.located import NOBODY
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,6 +46,12 @@ def locator(result: Result) -> str:
     )
     lines = ["| prompts | % | goal |", "|---|---|---|"]
     lines += [f"| {label} | {100 * found[key]:.1f} | {goal} |" for label, key, goal in goals]
+    lines += ["", "| task it never saw | refused, % | else located at |", "|---|---|---|"]
+    for name, counts in found["strangers"][0].items():
+        most = sorted((-count, task) for task, count in counts.items() if task != NOBODY)[:2]
+        total, refused = sum(counts.values()), counts.get(NOBODY, 0)
+        where = ", ".join(f"{task} {100 * -count / total:.0f} %" for count, task in most)
+        lines.append(f"| {name} | {100 * refused / total:.0f} | {where} |")
     return "\n".join(lines)
 
 

@@ -104,7 +104,7 @@ def _stage(
     book: AnswerBook,
     learner: Contender | None,
     seen: Sequence[Subject],
-    strangers: Sequence[Sequence[int]],
+    strangers: Mapping[str, Sequence[Sequence[int]]],
     before: Mapping[str, str],
 ) -> Record:
     """Learn the last of `seen`, then ask for all of them."""

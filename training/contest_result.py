@@ -139,7 +139,7 @@ def _locator(run: Run, lookalikes: Sequence[str]) -> dict[str, Any] | None:
     return {
         "accuracy_distinct": accuracy([name for name in decisions if name not in lookalikes]),
         "accuracy_lookalike": accuracy([name for name in decisions if name in lookalikes]),
-        "abstain_recall": _share([(strangers.get(NOBODY, 0), sum(strangers.values()))]),
+        "abstain_recall": _share([(found.get(NOBODY, 0), sum(found.values())) for found in strangers.values()]),
         "false_abstain": _share([(found.get(NOBODY, 0), sum(found.values())) for found in decisions.values()]),
         "decisions": decisions,
         "strangers": strangers,

@@ -32,7 +32,7 @@ def located_answers(
     learner: Contender,
     locator: GrowingContender | Relocation,
     seen: Sequence[tuple[Subject, str]],
-    strangers: Sequence[Sequence[int]],
+    strangers: Mapping[str, Sequence[Sequence[int]]],
 ) -> Record:
     """Answer each prompt by the task where it is located, or by the base alone.
 
@@ -41,10 +41,10 @@ def located_answers(
         learner: answers, as of the stage in question.
         locator: of the same stage.
         seen: tasks, each with what the book calls the learner's mixture for it.
-        strangers: prompts of no task.
+        strangers: prompts of tasks that nobody learns, by task.
 
     Returns:
-        the keys `located` (score per task), `decisions` (task -> located task -> prompts) and `strangers`.
+        the keys `located` (score per task), `decisions` and `strangers` (task -> located task -> prompts).
     """
     who = {subject.name: name for subject, name in seen}
     scores, decisions = [], {}
@@ -59,8 +59,8 @@ def located_answers(
                 answers[i] = answer
         scores.append(score_of(subject, answers))
         decisions[subject.name] = Counter(task or NOBODY for task in tasks)
-    nowhere = Counter(task or NOBODY for task in locator.locate(strangers)) if strangers else {}
-    return {"located": scores, "decisions": decisions, "strangers": nowhere}
+    others = {name: Counter(task or NOBODY for task in locator.locate(prompts)) for name, prompts in strangers.items()}
+    return {"located": scores, "decisions": decisions, "strangers": others}
 
 
 def relocate(
@@ -68,7 +68,7 @@ def relocate(
     records: Mapping[str, Sequence[Record]],
     *,
     subjects: Sequence[Subject],
-    strangers: Sequence[Sequence[int]],
+    strangers: Mapping[str, Sequence[Sequence[int]]],
     folder: Path,
     config: TrainingConfig,
 ) -> None:
@@ -78,7 +78,7 @@ def relocate(
         book: keeps answers.
         records: contender -> its records, one per stage; changed in place.
         subjects: all tasks, in the order of their arrival.
-        strangers: prompts of no task.
+        strangers: prompts of tasks that nobody learns, by task.
         folder: of the contenders' own folders.
         config: that of the run, with its `first_layer`; its fields `locator_*` may be others than those of the experts.
     """

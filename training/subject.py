@@ -65,14 +65,20 @@ def read_subject(base: BaseModel, folder: Path, *, train_rows: int, test_rows: i
     return Subject(data, tuple(rows), tuple(asked))
 
 
-def read_strangers(base: BaseModel, folder: Path, names: Sequence[str], *, test_rows: int) -> list[list[int]]:
-    """Prompts of tasks that nobody learns, at most `test_rows` of each."""
+def read_strangers(
+    base: BaseModel, folder: Path, names: Sequence[str], *, test_rows: int
+) -> dict[str, list[list[int]]]:
+    """Prompts of tasks that nobody learns, at most `test_rows` of each; task -> token ids."""
     template = default_template(base)
-    return [
-        template.encode(base.tokenizer, row.input)
+    return {
+        name: [
+            template.encode(base.tokenizer, row.input)
+            for row in _drawn(
+                tuple(read_examples(folder / name / TEST_FILE)), test_rows, seed_for(0, name, "questions")
+            )
+        ]
         for name in names
-        for row in _drawn(tuple(read_examples(folder / name / TEST_FILE)), test_rows, seed_for(0, name, "questions"))
-    ]
+    }
 
 
 def other_tasks(folder: Path, tasks: Sequence[str]) -> tuple[str, ...]:
