@@ -188,7 +188,11 @@ def test_a_locator_fitted_anew_in_the_same_way_decides_the_same(
 ) -> None:
     work = shutil.copytree(whole[0], tmp_path / "work")
     again = run(tiny_base, replace(contest_on(data, "sequential_lora", "per_task", "pgke"), relocate=True), work)
-    assert again == {name: whole[1][name] for name in again}
+    wanted = {name: [dict(record) for record in whole[1][name]] for name in again}
+    for records in (wanted["per_task"], wanted["pgke"]):
+        for record in records[:-1]:
+            record["strangers"] = {}
+    assert again == wanted
 
 
 def test_another_locator_is_measured_on_experts_that_stay(

@@ -95,7 +95,8 @@ def relocate(
                 learners[name].learn(stage, subject)
                 record = stages[stage]
                 seen = [(found, record["fingerprints"][found.name]) for found in subjects[: stage + 1]]
-                record |= located_answers(book, learners[name], locator, seen, strangers)
+                others = strangers if stage == len(subjects) - 1 else {}  # figures are of the last stage
+                record |= located_answers(book, learners[name], locator, seen, others)
                 record["parameters_locating"] = record["parameters"] + locator.num_parameters
 
 
