@@ -47,6 +47,7 @@ from training.grow import add_task
 from training.metrics import spread
 from training.precision import base_dtype
 from training.score import normalise
+from training.seeds import seed_for
 
 RESULTS = Path(__file__).parent / "results" / "grouped.json"
 GROUP_OF = {task: group for group, tasks in GROUPS.items() for task in tasks}
@@ -201,23 +202,27 @@ def main(
     keep_freed_memory()
     folder, place = work or Path(tempfile.mkdtemp()), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base(resolve_base(base, cache=cache_folder()), dtype=base_dtype("auto", place), device=place)
-    data = folder / "data"
+    data = folder / f"data-{train_rows}-{test_rows}"
     write_composite_data(data, num_train=train_rows, num_test=test_rows, seed=0)
     config = TrainingConfig(epochs=epochs, max_steps=max_steps, batch_size=batch_size, visible="own")
     composite, template = read_task_folder(data / COMPOSITE), default_template(model)
     bench = Bench(
         model,
-        experts_of(model, data, config, folder / "experts"),
+        experts_of(model, data, config, folder / f"experts-{train_rows}-{epochs}-{max_steps}-{batch_size}"),
         [encode_row(model, template, e.input, e.output, max_tokens=512) for e in composite.train],
         [question(model, template.encode(model.tokenizer, e.input), e) for e in composite.test],
     )
-    runs = {name: [found] for name, found in kept(folder / "untrained.json", lambda: untrained(bench)).items()}
+    settings = {"train_rows": train_rows, "test_rows": test_rows, "epochs": epochs, "max_steps": max_steps}
+    settings |= {"batch_size": batch_size, "router_learning_rate": router_learning_rate}
+    results = folder / f"{seed_for(0, json.dumps(settings)):012x}"  # other settings never share what is kept
+    results.mkdir(exist_ok=True)
+    runs = {name: [found] for name, found in kept(results / "untrained.json", lambda: untrained(bench)).items()}
     chosen = [int(text) for text in seeds.split(",")]
     for method in ("grouped", "flat"):
         for seed in chosen:
             seeded = replace(config, seed=seed, router_learning_rate=router_learning_rate)
             make = partial(trained, bench, method, seeded)
-            runs.setdefault(method, []).append(kept(folder / f"{method}-{seed}.json", make))
+            runs.setdefault(method, []).append(kept(results / f"{method}-{seed}.json", make))
             print(json.dumps({"method": method, "seed": seed, **runs[method][-1]}), flush=True)
     methods = {
         name: {
@@ -231,8 +236,6 @@ def main(
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     origin = made_by(model.info.name, str(model.model.dtype), place.type)
-    settings = {"train_rows": train_rows, "test_rows": test_rows, "epochs": epochs, "max_steps": max_steps}
-    settings |= {"batch_size": batch_size, "router_learning_rate": router_learning_rate}
     write_json(output, origin | {"seeds": chosen, "settings": settings, "methods": methods})
 
 
