@@ -193,6 +193,9 @@ def main(
     test_rows: Annotated[int, typer.Option(help="Composite questions.")] = 120,
     epochs: Annotated[int, typer.Option(help="Passes, of experts and of routers.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Upper bound on steps of each training.")] = None,
+    router_steps: Annotated[
+        int | None, typer.Option(help="Upper bound on steps of routers; default: the same.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 12,
     router_learning_rate: Annotated[float, typer.Option(help="Peak rate of routers, both kinds.")] = 1e-2,
     work: Annotated[Path | None, typer.Option(help="Keeps data and trained experts between runs.")] = None,
@@ -213,14 +216,15 @@ def main(
         [question(model, template.encode(model.tokenizer, e.input), e) for e in composite.test],
     )
     settings = {"train_rows": train_rows, "test_rows": test_rows, "epochs": epochs, "max_steps": max_steps}
-    settings |= {"batch_size": batch_size, "router_learning_rate": router_learning_rate}
+    router_steps = max_steps if router_steps is None else router_steps
+    settings |= {"batch_size": batch_size, "router_learning_rate": router_learning_rate, "router_steps": router_steps}
     results = folder / f"{seed_for(0, json.dumps(settings)):012x}"  # other settings never share what is kept
     results.mkdir(exist_ok=True)
     runs = {name: [found] for name, found in kept(results / "untrained.json", lambda: untrained(bench)).items()}
     chosen = [int(text) for text in seeds.split(",")]
     for method in ("grouped", "flat"):
         for seed in chosen:
-            seeded = replace(config, seed=seed, router_learning_rate=router_learning_rate)
+            seeded = replace(config, seed=seed, router_learning_rate=router_learning_rate, max_steps=router_steps)
             make = partial(trained, bench, method, seeded)
             runs.setdefault(method, []).append(kept(results / f"{method}-{seed}.json", make))
             print(json.dumps({"method": method, "seed": seed, **runs[method][-1]}), flush=True)
