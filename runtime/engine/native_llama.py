@@ -70,7 +70,7 @@ class NativeLlama(LlamaModel):
         )
         check_runs_on(model.device)
         if not shape.native:
-            raise UnsupportedDeviceError(f"the native step takes widths in multiples of 16, this base has {shape}")
+            raise UnsupportedDeviceError(f"the native step takes widths in multiples of 16 and usual heads, this base has {shape}")
         self.step = NativeStep(library, shape, weights=weights, threads=threads)
         self._cache: KVCache | None = None
         self._mixtures: dict[str, NativeMixture] = {}

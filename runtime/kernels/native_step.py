@@ -21,6 +21,7 @@ from runtime.kernels.step_kinds import WeightKind
 KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 TARGET_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_K = 8
+HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128, 256)
 PHASES = (
     *("norm, route, shrink for q k v", "q k v", "rotate, attention", "", "shrink for o", "o"),
     *("norm, route, shrink for gate up", "gate up", "shrink for down", "down"),
@@ -75,8 +76,8 @@ class StepShape:
 
     @property
     def native(self) -> bool:
-        """Whether the native step can run it: widths in whole vectors of 16."""
-        return all(size % 16 == 0 for size in (self.width, self.ffn, self.head_width))
+        """Whether the native step can run it: widths in whole vectors of 16, heads of a width that it was made for."""
+        return all(size % 16 == 0 for size in (self.width, self.ffn)) and self.head_width in HEAD_WIDTHS
 
 
 @dataclass(frozen=True)

@@ -3,50 +3,62 @@
 #pragma once
 #include "simd.h"
 
-// Lane i of the result is the sum of v[i].
-inline __m512 sum_each(__m512 v[LANES]) {
-  for (int i = 0; i < 16; i += 2) {
-    __m512 a = _mm512_unpacklo_ps(v[i], v[i + 1]), b = _mm512_unpackhi_ps(v[i], v[i + 1]);
-    v[i / 2] = _mm512_add_ps(a, b);
+// s[g][i] = q[g] . keys[i] for 16 keys, of which `count` are there. V vectors of 16 make a head; bfloat16 keys are
+// multiplied by queries rounded to bfloat16.
+template <int G, int V>
+inline void score(const float* q, const bf16*, const float* keys, int64_t count, __m512 s[G]) {
+  __m512 parts[G][LANES];
+  for (int64_t i = 0; i < LANES; ++i) {
+    for (int g = 0; g < G; ++g) parts[g][i] = _mm512_setzero_ps();
+    if (i >= count) continue;
+    for (int c = 0; c < V; ++c) {
+      const __m512 key = load(keys + (i * V + c) * LANES);
+      for (int g = 0; g < G; ++g) parts[g][i] = _mm512_fmadd_ps(key, load(q + (g * V + c) * LANES), parts[g][i]);
+    }
   }
-  for (int i = 0; i < 8; i += 2) {
-    __m512d x = _mm512_castps_pd(v[i]), y = _mm512_castps_pd(v[i + 1]);
-    v[i / 2] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-  // v[k], lane 4 q + i: the q-th quarter's share of sum 4 k + i
-  __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
-  __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x88), _mm512_shuffle_f32x4(v[2], v[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  for (int g = 0; g < G; ++g) s[g] = sum_each(parts[g]);
 }
 
-// out[h] = softmax(q[h] K^T / sqrt(width)) V for G heads; q, out [G, width]; scores: scratch [G, up(length, 16)].
-template <int G, class C>
-inline void attend(const float* q, const C* keys, const C* values, int64_t length, int64_t width, float* scores,
-                   float* out) {
+template <int G, int V>
+inline void score(const float*, const bf16* q, const bf16* keys, int64_t count, __m512 s[G]) {
+  constexpr int PAIRS = (V + 1) / 2;
+  __m512 parts[G][LANES];
+  __m512bh query[G][PAIRS];
+  for (int g = 0; g < G; ++g)
+    for (int c = 0; c < PAIRS; ++c) query[g][c] = load_halves(q + (g * V + 2 * c) * LANES, 2 * c + 1 < V);
+  for (int64_t i = 0; i < LANES; ++i) {
+    __m512 sum[G];
+    for (int g = 0; g < G; ++g) sum[g] = _mm512_setzero_ps();
+    if (i < count) {
+      for (int c = 0; c < PAIRS; ++c) {
+        const __m512bh key = load_halves(keys + (i * V + 2 * c) * LANES, 2 * c + 1 < V);
+        for (int g = 0; g < G; ++g) sum[g] = _mm512_dpbf16_ps(sum[g], query[g][c], key);
+      }
+    }
+    for (int g = 0; g < G; ++g) parts[g][i] = sum[g];
+  }
+  for (int g = 0; g < G; ++g) s[g] = sum_each(parts[g]);
+}
+
+// out[h] = softmax(q[h] K^T / sqrt(width)) V for G heads of V vectors; q, out [G, width]; scores: scratch
+// [G, up(length, 16)].
+template <int G, int V, class C>
+inline void attend(const float* q, const C* keys, const C* values, int64_t length, float* scores, float* out) {
+  constexpr int64_t width = V * LANES;
   const int64_t padded = (length + LANES - 1) / LANES * LANES;
-  const float scale = 1.0f / __builtin_sqrtf(float(width));
-  __m512 top[G];
+  const __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(float(width)));
+  bf16 rounded[G * width];
+  if (sizeof(C) == sizeof(bf16)) round_to(rounded, q, G * width);
+  __m512 top[G], s[G];
   for (int g = 0; g < G; ++g) top[g] = _mm512_set1_ps(-1e30f);
   for (int64_t j = 0; j < padded; j += LANES) {
-    __m512 parts[G][LANES];
     const int64_t count = length - j < LANES ? length - j : LANES;
-    for (int64_t i = 0; i < LANES; ++i) {
-      __m512 sum[G];
-      for (int g = 0; g < G; ++g) sum[g] = _mm512_setzero_ps();
-      if (i < count) {
-        const C* key = keys + (j + i) * width;
-        for (int64_t c = 0; c < width; c += LANES) {
-          const __m512 k = load(key + c);
-          for (int g = 0; g < G; ++g) sum[g] = _mm512_fmadd_ps(k, load(q + g * width + c), sum[g]);
-        }
-      }
-      for (int g = 0; g < G; ++g) parts[g][i] = sum[g];
-    }
+    score<G, V>(q, rounded, keys + j * width, count, s);
     const __mmask16 seen = count == LANES ? 0xffff : uint16_t((1u << count) - 1);
     for (int g = 0; g < G; ++g) {
-      const __m512 s = _mm512_mask_mul_ps(_mm512_set1_ps(-1e30f), seen, sum_each(parts[g]), _mm512_set1_ps(scale));
-      top[g] = _mm512_max_ps(top[g], s);
-      store(scores + g * padded + j, s);
+      s[g] = _mm512_mask_mul_ps(_mm512_set1_ps(-1e30f), seen, s[g], scale);
+      top[g] = _mm512_max_ps(top[g], s[g]);
+      store(scores + g * padded + j, s[g]);
     }
   }
   float inverse[G];
@@ -61,38 +73,73 @@ inline void attend(const float* q, const C* keys, const C* values, int64_t lengt
     }
     inverse[g] = 1.0f / _mm512_reduce_add_ps(total);
   }
-  for (int64_t c = 0; c < width; c += LANES) {
-    __m512 sum[G];
-    for (int g = 0; g < G; ++g) sum[g] = _mm512_setzero_ps();
+  constexpr int STRIP = V < 4 ? V : 4;  // vectors of a head whose sums are kept in registers
+  for (int c = 0; c < V; c += STRIP) {
+    const int now = V - c < STRIP ? V - c : STRIP;
+    __m512 sum[G][STRIP];
+    for (int g = 0; g < G; ++g)
+      for (int k = 0; k < STRIP; ++k) sum[g][k] = _mm512_setzero_ps();
     for (int64_t j = 0; j < length; ++j) {
-      const __m512 v = load(values + j * width + c);
-      for (int g = 0; g < G; ++g) sum[g] = _mm512_fmadd_ps(v, _mm512_set1_ps(scores[g * padded + j]), sum[g]);
+      const C* value = values + j * width + c * LANES;
+      __m512 p[G];
+      for (int g = 0; g < G; ++g) p[g] = _mm512_set1_ps(scores[g * padded + j]);
+      for (int k = 0; k < STRIP; ++k) {
+        if (k >= now) break;
+        const __m512 v = load(value + k * LANES);
+        for (int g = 0; g < G; ++g) sum[g][k] = _mm512_fmadd_ps(v, p[g], sum[g][k]);
+      }
     }
-    for (int g = 0; g < G; ++g) store(out + g * width + c, _mm512_mul_ps(sum[g], _mm512_set1_ps(inverse[g])));
+    for (int g = 0; g < G; ++g)
+      for (int k = 0; k < now; ++k) {
+        store(out + g * width + (c + k) * LANES, _mm512_mul_ps(sum[g][k], _mm512_set1_ps(inverse[g])));
+      }
   }
 }
 
 // The same for a number of heads known at run time.
-template <class C>
-inline void attend(int64_t heads, const float* q, const C* keys, const C* values, int64_t length, int64_t width,
-                   float* scores, float* out) {
+template <int V, class C>
+inline void attend(int64_t heads, const float* q, const C* keys, const C* values, int64_t length, float* scores,
+                   float* out) {
   while (heads > 0) {
     const int64_t now = heads >= 4 ? 4 : heads;
     switch (now) {
-      case 4: attend<4>(q, keys, values, length, width, scores, out); break;
-      case 3: attend<3>(q, keys, values, length, width, scores, out); break;
-      case 2: attend<2>(q, keys, values, length, width, scores, out); break;
-      default: attend<1>(q, keys, values, length, width, scores, out);
+      case 4: attend<4, V>(q, keys, values, length, scores, out); break;
+      case 3: attend<3, V>(q, keys, values, length, scores, out); break;
+      case 2: attend<2, V>(q, keys, values, length, scores, out); break;
+      default: attend<1, V>(q, keys, values, length, scores, out);
     }
     heads -= now;
-    q += now * width;
-    out += now * width;
+    q += now * V * LANES;
+    out += now * V * LANES;
+  }
+}
+
+// And for a width known at run time: one of those that callers know as HEAD_WIDTHS.
+template <class C>
+inline void attend(int64_t heads, const float* q, const C* keys, const C* values, int64_t length, int64_t width,
+                   float* scores, float* out) {
+  switch (width / LANES) {
+    case 1: return attend<1>(heads, q, keys, values, length, scores, out);
+    case 2: return attend<2>(heads, q, keys, values, length, scores, out);
+    case 3: return attend<3>(heads, q, keys, values, length, scores, out);
+    case 4: return attend<4>(heads, q, keys, values, length, scores, out);
+    case 5: return attend<5>(heads, q, keys, values, length, scores, out);
+    case 6: return attend<6>(heads, q, keys, values, length, scores, out);
+    case 8: return attend<8>(heads, q, keys, values, length, scores, out);
+    default: return attend<16>(heads, q, keys, values, length, scores, out);
   }
 }
 
 // Rotary position, in place: x[i] and x[i + width/2] turned by their angle, as in `transformers`' Llama.
 inline void rotate(float* x, const float* cos, const float* sin, int64_t width) {
-  for (int64_t i = 0, half = width / 2; i < half; ++i) {
+  const int64_t half = width / 2;
+  int64_t i = 0;
+  for (; i + LANES <= half; i += LANES) {
+    const __m512 a = load(x + i), b = load(x + i + half);
+    store(x + i, _mm512_fmsub_ps(a, load(cos + i), _mm512_mul_ps(b, load(sin + i))));
+    store(x + i + half, _mm512_fmadd_ps(b, load(cos + i + half), _mm512_mul_ps(a, load(sin + i + half))));
+  }
+  for (; i < half; ++i) {
     const float a = x[i], b = x[i + half];
     x[i] = a * cos[i] - b * sin[i];
     x[i + half] = b * cos[i + half] + a * sin[i + half];

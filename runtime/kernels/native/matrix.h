@@ -1,8 +1,9 @@
 // Packed matrices and the product of a few rows with one: y[t] = W x[t].
 // It knows nothing of models.
 // Read first: W [rows, cols] lies in blocks of 16 rows; a block holds, step by step along the columns, 64 bytes: 16 rows
-// times 4 codes, 2 bfloat16 or 1 float. So one load feeds 16 outputs, and inputs are broadcast. Columns are padded to
-// whole groups of 64, rows to whole blocks. A result depends on its own row of x alone, whatever else is in the batch.
+// times 4 codes, 2 bfloat16 or 1 float. So one load feeds 16 outputs, and inputs are broadcast. Two blocks lie together,
+// step by step in turn, since two of them and eight inputs keep all multipliers busy. Columns are padded to whole groups
+// of 64, rows to whole blocks. A result depends on its own row of x alone, whatever else is in the batch.
 #pragma once
 #include <sys/mman.h>
 
@@ -13,12 +14,12 @@
 #include <vector>
 
 #include "simd.h"
+#include "upcoming.h"
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
 constexpr int64_t GROUP = 64;  // columns that share a scale, in inputs and in weights of 8 bits; of 4 bits: half as many
-constexpr int AHEAD = 2048;    // bytes from the weights in use to those being fetched
-constexpr int64_t TILE = 8;    // rows of x that are multiplied at once
+constexpr int64_t TILE = 8;    // rows of x that are multiplied at once, with two blocks
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -121,16 +122,18 @@ inline float group_scale(const float* w, int64_t count, int limit) {
 template <class Source>
 inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end_row, Source&& source) {
   for (int64_t row = begin_row; row < end_row; ++row) {
-    uint8_t* block = m.codes + row / LANES * m.block_bytes;
+    const int64_t block = row / LANES, pair = block / 2 * 2, together = std::min<int64_t>(2, m.blocks - pair);
+    uint8_t* first = m.codes + pair * m.block_bytes + (block - pair) * 64;
+    const auto at = [&](int64_t step) { return first + step * together * 64; };  // the 64 bytes of a step
     const int64_t lane = row % LANES;
     const float* x = w + source(row) * m.cols;
     if (m.kind == FLOAT32) {
-      for (int64_t c = 0; c < m.cols; ++c) reinterpret_cast<float*>(block)[c * LANES + lane] = x[c];
+      for (int64_t c = 0; c < m.cols; ++c) reinterpret_cast<float*>(at(c))[lane] = x[c];
     } else if (m.kind == BFLOAT16) {
       for (int64_t c = 0; c < m.cols; ++c) {
         bf16 rounded[LANES];
         store(rounded, _mm512_set1_ps(x[c]));
-        reinterpret_cast<bf16*>(block)[c / 2 * 2 * LANES + lane * 2 + c % 2] = rounded[0];
+        reinterpret_cast<bf16*>(at(c / 2))[lane * 2 + c % 2] = rounded[0];
       }
     } else {
       const int limit = m.kind == INT8 ? 127 : 7, middle = limit + 1;
@@ -143,8 +146,8 @@ inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end
         for (int64_t c = begin; c < begin + part; ++c) {
           const float q = c < end && scale > 0 ? std::nearbyint(x[c] / scale) : 0;
           const int code = std::clamp(int(q), -limit, limit) + middle;
-          const int64_t in = c % part, at = c / GROUP * GROUP / parts;
-          uint8_t& byte = block[(at + in / 4 * 4) * LANES + lane * 4 + in % 4];
+          const int64_t in = c % part, step = c / GROUP * (GROUP / 4 / parts) + in / 4;
+          uint8_t& byte = at(step)[lane * 4 + in % 4];
           if (m.kind == INT8) byte = uint8_t(code);
           else byte = uint8_t(g % 2 ? (byte & 0x0f) | code << 4 : (byte & 0xf0) | code);
         }
@@ -153,24 +156,44 @@ inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end
   }
 }
 
-// Rows of x as the products want them: float, bfloat16, or codes of 8 bits with a scale per group.
+// Rows of x as the products want them, in words of 4 bytes: one float, two bfloat16, or four codes of 8 bits with a scale
+// per group. Rows lie in tiles of up to TILE; within a tile word follows word, and each is there once per row.
 struct Input {
-  int64_t stride = 0;       // padded columns
-  float* floats = nullptr;  // [T, stride]
-  bf16* halves = nullptr;   // [T, stride]
-  int8_t* codes = nullptr;  // [T, stride]
-  float* scales = nullptr;  // [T, groups]
-  int32_t* shift = nullptr; // [T, groups, 2], -middle * sum of the codes of the group's halves
+  int64_t stride = 0;        // padded columns
+  int64_t rows = 0;          // of this step
+  uint32_t* words = nullptr;
+  float* scales = nullptr;   // by tile, group, row of the tile
+  int32_t* shift = nullptr;  // by tile, group, half, row: -middle * sum of codes; of 8 bits the first half holds both
+
+  int64_t begin(int64_t t) const { return t / TILE * TILE; }
+  int64_t lanes(int64_t t) const { return std::min(TILE, rows - begin(t)); }
+  const uint32_t* tile(Kind kind, int64_t t) const { return words + begin(t) * words_of(kind); }
+  int64_t words_of(Kind kind) const { return kind == FLOAT32 ? stride : kind == BFLOAT16 ? stride / 2 : stride / 4; }
 };
 
-// x[t] -> its form for matrices of this kind; the padding is zero beforehand and stays so.
+// Sixteen words of one row, from word w on.
+inline void put_words(uint32_t* tile, int64_t lanes, int64_t lane, int64_t w, const void* from, int64_t count) {
+  uint32_t values[LANES];
+  std::memcpy(values, from, size_t(count) * 4);
+  for (int64_t i = 0; i < count; ++i) tile[(w + i) * lanes + lane] = values[i];
+}
+
+// x[t] -> its form for matrices of this kind; columns that pad are zero.
 inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64_t cols) {
-  if (kind == FLOAT32) {
-    std::memcpy(in.floats + t * in.stride, x, cols * 4);
-    return;
-  }
-  if (kind == BFLOAT16) {
-    for (int64_t c = 0; c < cols; c += LANES) store(in.halves + t * in.stride + c, load(x + c));
+  const int64_t lanes = in.lanes(t), lane = t - in.begin(t);
+  uint32_t* tile = in.words + in.begin(t) * in.words_of(kind);
+  if (kind == FLOAT32 || kind == BFLOAT16) {
+    const int64_t per = kind == FLOAT32 ? 1 : 2;
+    for (int64_t c = 0; c < in.stride; c += LANES) {
+      const __m512 value = c < cols ? load(x + c) : _mm512_setzero_ps();
+      if (kind == FLOAT32) {
+        put_words(tile, lanes, lane, c, &value, LANES);
+      } else {
+        bf16 halves[LANES];
+        store(halves, value);
+        put_words(tile, lanes, lane, c / per, halves, LANES / 2);
+      }
+    }
     return;
   }
   const int64_t groups = in.stride / GROUP;
@@ -182,100 +205,164 @@ inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64
     const float most = _mm512_reduce_max_ps(top);
     const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
     __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    alignas(64) int8_t codes[GROUP] = {};
     for (int64_t c = begin; c < end; c += LANES) {
       __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + c), inverse));
       __m512i& sum = sums[(c - begin) / (GROUP / 2)];
       sum = _mm512_add_epi32(sum, q);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(in.codes + t * in.stride + c), _mm512_cvtepi32_epi8(q));
+      _mm_store_si128(reinterpret_cast<__m128i*>(codes + c - begin), _mm512_cvtepi32_epi8(q));
     }
-    in.scales[t * groups + g] = most / 127.0f;
-    for (int i = 0; i < 2; ++i) in.shift[(t * groups + g) * 2 + i] = -middle * _mm512_reduce_add_epi32(sums[i]);
+    put_words(tile, lanes, lane, g * (GROUP / 4), codes, GROUP / 4);
+    in.scales[in.begin(t) * groups + g * lanes + lane] = most / 127.0f;
+    int32_t* shift = in.shift + (in.begin(t) * groups + g * lanes) * 2;
+    const int32_t first = _mm512_reduce_add_epi32(sums[0]), second = _mm512_reduce_add_epi32(sums[1]);
+    shift[lane] = -middle * (kind == INT8 ? first + second : first);
+    shift[lanes + lane] = -middle * second;
   }
 }
 
-inline __m512i four(const int8_t* p) {
-  int32_t word;
-  std::memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
+// sum += codes of w (unsigned) times codes of x, four by four. As an instruction and not as an intrinsic: the compiler
+// copies and spills sixteen running sums otherwise, which costs a quarter of the speed.
+inline void dot_codes(__m512i& sum, __m512i w, __m512i x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
+
+inline __m512i broadcast(const uint32_t* word) { return _mm512_set1_epi32(int32_t(*word)); }
+
+// How far ahead of the weights in use others are asked for, and which of the two lines of every step.
+struct Ahead {
+  int64_t bytes;
+  bool first, second;
+};
+
+constexpr int64_t NEAR = 4096;  // where every line is read once, in turn
+
+// For the pass-th of `passes` readings of `bytes` of weights: together they ask for as much again.
+inline Ahead ahead_of(int64_t pass, int64_t passes, int64_t bytes) {
+  if (passes == 1) return {NEAR, true, true};
+  return {bytes, pass == 0, pass == 1};
 }
 
-inline void ahead(const uint8_t* w) { _mm_prefetch(reinterpret_cast<const char*>(w) + AHEAD, _MM_HINT_T0); }
-
-// out[i][0..15] = rows of `block` times x[t + i], i < N.
-template <int N>
-inline void multiply(const Matrix& m, int64_t block, const Input& in, int64_t t, float (*out)[LANES]) {
-  __m512 f[N];
-  for (int i = 0; i < N; ++i) f[i] = _mm512_setzero_ps();
-  const uint8_t* w = m.codes + block * m.block_bytes;
-  if (m.kind == FLOAT32) {
-    const float* x = in.floats + t * in.stride;
-#pragma GCC unroll 4
-    for (int64_t c = 0; c < m.cols; ++c, w += 64) {
-      const __m512 row = _mm512_load_ps(w);
-      ahead(w);
-      for (int i = 0; i < N; ++i) f[i] = _mm512_fmadd_ps(row, _mm512_set1_ps(x[i * in.stride + c]), f[i]);
-    }
-  } else if (m.kind == BFLOAT16) {
-    const bf16* x = in.halves + t * in.stride;
-#pragma GCC unroll 4
-    for (int64_t c = 0; c < m.cols; c += 2, w += 64) {
-      const __m512bh row = (__m512bh)_mm512_load_si512(w);
-      ahead(w);
-      for (int i = 0; i < N; ++i) {
-        f[i] = _mm512_dpbf16_ps(f[i], row, (__m512bh)four(reinterpret_cast<const int8_t*>(x + i * in.stride + c)));
+// out[b][i][0..15] += rows of block `block + b` times the i-th row of x's tile, i < N, b < M, for groups begin .. end - 1
+// of the columns; the first group starts from zero. Nothing in it may call another function: its sums fill the registers.
+template <int N, int M>
+__attribute__((noinline)) void multiply(const Matrix& m, int64_t block, int64_t begin, int64_t end, const Input& in,
+                                        int64_t t, const Ahead ahead, float (*const out[M])[LANES]) {
+  const uint8_t* w = m.codes + block * m.block_bytes + begin * (m.block_bytes / m.groups) * M;
+  const uint32_t* x = in.tile(m.kind, t) + begin * (in.words_of(m.kind) / m.groups) * N;
+  const auto fetch_ahead = [&] {
+    const char* next = reinterpret_cast<const char*>(w) + ahead.bytes;
+    if (ahead.first) _mm_prefetch(next, _MM_HINT_T0);
+    if (ahead.second && M == 2) _mm_prefetch(next + 64, _MM_HINT_T0);
+  };
+  if (m.kind == FLOAT32 || m.kind == BFLOAT16) {
+    __m512 f[M][N];
+    for (int b = 0; b < M; ++b)
+      for (int i = 0; i < N; ++i) f[b][i] = begin ? load(out[b][i]) : _mm512_setzero_ps();
+    const int64_t words = (end - begin) * (m.kind == FLOAT32 ? GROUP : GROUP / 2);
+    if (m.kind == FLOAT32) {
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < words; ++j, x += N, w += 64 * M) {
+        __m512 row[M];
+        for (int b = 0; b < M; ++b) row[b] = _mm512_load_ps(w + b * 64);
+        fetch_ahead();
+        for (int i = 0; i < N; ++i) {
+          const __m512 value = _mm512_castsi512_ps(broadcast(x + i));
+          for (int b = 0; b < M; ++b) f[b][i] = _mm512_fmadd_ps(row[b], value, f[b][i]);
+        }
+      }
+    } else {
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < words; ++j, x += N, w += 64 * M) {
+        __m512bh row[M];
+        for (int b = 0; b < M; ++b) row[b] = (__m512bh)_mm512_load_si512(w + b * 64);
+        fetch_ahead();
+        for (int i = 0; i < N; ++i) {
+          const __m512bh value = (__m512bh)broadcast(x + i);
+          for (int b = 0; b < M; ++b) f[b][i] = _mm512_dpbf16_ps(f[b][i], row[b], value);
+        }
       }
     }
-  } else {
-    const uint16_t* scales = m.scales + block * m.groups * num_scales(m.kind) * LANES;
-    const auto add = [&](const __m512i* sum, int64_t g) {
-      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-      scales += LANES;
+    for (int b = 0; b < M; ++b)
+      for (int i = 0; i < N; ++i) store(out[b][i], f[b][i]);
+    return;
+  }
+  const int64_t parts = num_scales(m.kind);
+  const uint16_t* scales = m.scales + block * m.groups * parts * LANES;
+  const float* in_scales = in.scales + in.begin(t) * m.groups + begin * N;
+  const int32_t* shift = in.shift + (in.begin(t) * m.groups + begin * N) * 2;
+  if (begin == 0) {
+    for (int b = 0; b < M; ++b)
+      for (int i = 0; i < N; ++i) store(out[b][i], _mm512_setzero_ps());
+  }
+  for (int64_t g = begin; g < end; ++g, shift += 2 * N, in_scales += N) {
+    for (int half = 0; half < parts; ++half) {
+      __m512i sum[M][N];
       for (int i = 0; i < N; ++i) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[(t + i) * m.groups + g]));
-        f[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), both, f[i]);
+        const __m512i start = _mm512_set1_epi32(shift[half * N + i]);
+        for (int b = 0; b < M; ++b) sum[b][i] = start;
       }
-    };
-    for (int64_t g = 0; g < m.groups; ++g) {
-      __m512i sum[N];
-      const int8_t* x = in.codes + t * in.stride + g * GROUP;
-      const int32_t* shift = in.shift + (t * m.groups + g) * 2;
       if (m.kind == INT8) {
-        for (int i = 0; i < N; ++i) sum[i] = _mm512_set1_epi32(shift[i * m.groups * 2] + shift[i * m.groups * 2 + 1]);
 #pragma GCC unroll 4
-        for (int j = 0; j < 16; ++j, w += 64) {
-          const __m512i row = _mm512_load_si512(w);
-          ahead(w);
-          for (int i = 0; i < N; ++i) sum[i] = _mm512_dpbusd_epi32(sum[i], row, four(x + i * in.stride + j * 4));
-        }
-        add(sum, g);
-      } else {
-        for (int half = 0; half < 2; ++half, x += GROUP / 2) {
-          for (int i = 0; i < N; ++i) sum[i] = _mm512_set1_epi32(shift[i * m.groups * 2 + half]);
-          for (int j = 0; j < 8; ++j) {
-            const __m512i both = _mm512_load_si512(w + j * 64);
-            const __m512i row = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
-            if (!half) ahead(w + j * 64);
-            for (int i = 0; i < N; ++i) sum[i] = _mm512_dpbusd_epi32(sum[i], row, four(x + i * in.stride + j * 4));
+        for (int j = 0; j < 16; ++j, x += N, w += 64 * M) {
+          __m512i row[M];
+          for (int b = 0; b < M; ++b) row[b] = _mm512_load_si512(w + b * 64);
+          fetch_ahead();
+          for (int i = 0; i < N; ++i) {
+            const __m512i value = broadcast(x + i);
+            for (int b = 0; b < M; ++b) dot_codes(sum[b][i], row[b], value);
           }
-          add(sum, g);
         }
-        w += 8 * 64;
+      } else {
+        if (half) w -= 8 * 64 * M;
+#pragma GCC unroll 2
+        for (int j = 0; j < 8; ++j, x += N, w += 64 * M) {
+          __m512i row[M];
+          for (int b = 0; b < M; ++b) {
+            const __m512i both = _mm512_load_si512(w + b * 64);
+            row[b] = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+          }
+          if (!half) fetch_ahead();
+          for (int i = 0; i < N; ++i) {
+            const __m512i value = broadcast(x + i);
+            for (int b = 0; b < M; ++b) dot_codes(sum[b][i], row[b], value);
+          }
+        }
+      }
+      for (int b = 0; b < M; ++b) {
+        const uint16_t* from = scales + (b * m.groups * parts + g * parts + half) * LANES;
+        const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        for (int i = 0; i < N; ++i) {
+          const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in_scales[i]));
+          store(out[b][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][i]), both, load(out[b][i])));
+        }
       }
     }
   }
-  for (int i = 0; i < N; ++i) store(out[i], f[i]);
 }
 
-// out[i] for `count` <= TILE rows of x from t on.
-inline void multiply_tile(const Matrix& m, int64_t block, const Input& in, int64_t t, int64_t count, float (*out)[LANES]) {
-  switch (count) {
-    case 8: return multiply<8>(m, block, in, t, out);
-    case 7: return multiply<7>(m, block, in, t, out);
-    case 6: return multiply<6>(m, block, in, t, out);
-    case 5: return multiply<5>(m, block, in, t, out);
-    case 4: return multiply<4>(m, block, in, t, out);
-    case 3: return multiply<3>(m, block, in, t, out);
-    case 2: return multiply<2>(m, block, in, t, out);
-    default: return multiply<1>(m, block, in, t, out);
+constexpr int64_t GROUPS = 3;  // between two calls of `Upcoming::ask`
+
+// The same for all groups, for the rows of x's tile at t, and for one or two blocks.
+template <int N>
+inline void multiply_blocks(const Matrix& m, int64_t block, int blocks, const Input& in, int64_t t, Ahead ahead,
+                            Upcoming& upcoming, float (*const out[])[LANES]) {
+  for (int64_t begin = 0; begin < m.groups; begin += GROUPS) {
+    const int64_t end = std::min(begin + GROUPS, m.groups);
+    upcoming.ask();
+    if (blocks == 2) multiply<N, 2>(m, block, begin, end, in, t, ahead, out);
+    else multiply<N, 1>(m, block, begin, end, in, t, ahead, out);
+  }
+}
+
+inline void multiply_tile(const Matrix& m, int64_t block, int blocks, const Input& in, int64_t t, Ahead ahead,
+                          Upcoming& upcoming, float (*const out[])[LANES]) {
+  switch (in.lanes(t)) {
+    case 8: return multiply_blocks<8>(m, block, blocks, in, t, ahead, upcoming, out);
+    case 7: return multiply_blocks<7>(m, block, blocks, in, t, ahead, upcoming, out);
+    case 6: return multiply_blocks<6>(m, block, blocks, in, t, ahead, upcoming, out);
+    case 5: return multiply_blocks<5>(m, block, blocks, in, t, ahead, upcoming, out);
+    case 4: return multiply_blocks<4>(m, block, blocks, in, t, ahead, upcoming, out);
+    case 3: return multiply_blocks<3>(m, block, blocks, in, t, ahead, upcoming, out);
+    case 2: return multiply_blocks<2>(m, block, blocks, in, t, ahead, upcoming, out);
+    default: return multiply_blocks<1>(m, block, blocks, in, t, ahead, upcoming, out);
   }
 }

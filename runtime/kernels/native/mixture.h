@@ -3,6 +3,7 @@
 // It knows nothing of layers beyond the columns that it is given; no expert that a token does not use is touched.
 #pragma once
 #include "simd.h"
+#include "upcoming.h"
 
 enum Target : int { Q, K, V, O, GATE, UP, DOWN, NUM_TARGETS };
 constexpr int MAX_K = 8;  // experts of one token at most
@@ -68,24 +69,48 @@ inline void route(const Mixture& mixture, const MixtureLayer& layer, const float
   pairs->count = count;
 }
 
-// The A of the pairs' experts for one target.
-inline void fetch_a(const MixtureLayer& layer, const Pairs& pairs, Target target, int64_t width) {
-  for (int32_t p = 0; p < pairs.count; ++p) {
-    const Column& column = layer.columns[pairs.column[p]];
-    const Update& update = column.updates[target];
-    fetch(update.a, size_t(update.rank * width) * (column.halves ? 2 : 4));
-  }
+// Size of the A of a column for one target.
+inline size_t bytes_of_a(const Column& column, Target target, int64_t width) {
+  return size_t(column.updates[target].rank * width) * (column.halves ? 2 : 4);
 }
 
-// What an expand of `count` vectors from output o on will read.
-inline void fetch_b(const MixtureLayer& layer, const Pairs& pairs, Target target, int64_t o, int64_t outputs, int count) {
-  for (int32_t p = 0; p < pairs.count; ++p) {
-    const Column& column = layer.columns[pairs.column[p]];
-    const Update& update = column.updates[target];
-    const size_t size = column.halves ? 2 : 4;
-    const char* b = static_cast<const char*>(update.b) + o * size;
-    for (int64_t r = 0; r < update.rank; ++r) fetch(b + r * outputs * size, count * LANES * size);
+// Note outputs begin .. end - 1 of a column's B.
+inline void note_b(Upcoming& upcoming, const Column& column, Target target, int64_t begin, int64_t end, int64_t outputs) {
+  const Update& update = column.updates[target];
+  const int64_t size = column.halves ? 2 : 4;
+  const char* b = static_cast<const char*>(update.b) + begin * size;
+  for (int64_t r = 0; r < update.rank; ++r) upcoming.add(b + r * outputs * size, size_t((end - begin) * size));
+}
+
+// A token's input of an update: float, and the same rounded, or null where it must not be.
+struct Shrunk {
+  const float* x;
+  const bf16* halves;
+};
+
+// N rows of A at once.
+template <int N>
+inline void shrink_rows(const bf16* a, float weight, const bf16* x, int64_t width, float* inner) {
+  __m512 sum[LANES];
+  for (int k = 0; k < LANES; ++k) sum[k] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 2 * LANES <= width; i += 2 * LANES) {
+    const __m512bh value = load_halves(x + i, true);
+    for (int k = 0; k < N; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], load_halves(a + k * width + i, true), value);
   }
+  if (i < width) {
+    const __m512bh value = load_halves(x + i, false);
+    for (int k = 0; k < N; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], load_halves(a + k * width + i, false), value);
+  }
+  _mm512_mask_storeu_ps(inner, uint16_t((1u << N) - 1), _mm512_mul_ps(sum_each(sum), _mm512_set1_ps(weight)));
+}
+
+inline void shrink(const Update& update, float weight, const bf16* x, int64_t width, float* inner) {
+  const bf16* a = static_cast<const bf16*>(update.a);
+  int64_t r = 0;
+  for (; r + 8 <= update.rank; r += 8, a += 8 * width) shrink_rows<8>(a, weight, x, width, inner + r);
+  for (; r + 4 <= update.rank; r += 4, a += 4 * width) shrink_rows<4>(a, weight, x, width, inner + r);
+  for (; r < update.rank; ++r, a += width) shrink_rows<1>(a, weight, x, width, inner + r);
 }
 
 template <class W>
@@ -104,42 +129,51 @@ inline void shrink(const Update& update, float weight, const float* x, int64_t w
 }
 
 // inner[p, r] = weight[p] * scale * (A_p x)[r] for one target; inner is [MAX_K, max_rank].
-inline void shrink(const MixtureLayer& layer, const Pairs& pairs, Target target, const float* x, int64_t width,
+inline void shrink(const MixtureLayer& layer, const Pairs& pairs, Target target, Shrunk in, int64_t width,
                    float* inner, int64_t max_rank) {
   for (int32_t p = 0; p < pairs.count; ++p) {
     const Column& column = layer.columns[pairs.column[p]];
-    const float weight = pairs.weight[p] * float(column.scale);
-    if (column.halves) shrink<bf16>(column.updates[target], weight, x, width, inner + p * max_rank);
-    else shrink<float>(column.updates[target], weight, x, width, inner + p * max_rank);
-  }
-}
-
-// y[0 .. 16 n - 1] += sum_r inner[r] * B[r, o ..]
-template <class W, int N>
-inline void expand(const Update& update, const float* inner, int64_t o, int64_t outputs, float* const y[]) {
-  const W* b = static_cast<const W*>(update.b) + o;
-  __m512 sum[N];
-  for (int i = 0; i < N; ++i) sum[i] = load(y[i]);
-  for (int64_t r = 0; r < update.rank; ++r, b += outputs) {
-    const __m512 factor = _mm512_set1_ps(inner[r]);
-    for (int i = 0; i < N; ++i) sum[i] = _mm512_fmadd_ps(load(b + i * LANES), factor, sum[i]);
-  }
-  for (int i = 0; i < N; ++i) store(y[i], sum[i]);
-}
-
-template <class W>
-inline void expand(const Update& update, const float* inner, int64_t o, int64_t outputs, float* const y[], int count) {
-  if (count == 4) return expand<W, 4>(update, inner, o, outputs, y);
-  for (int i = 0; i < count; ++i) expand<W, 1>(update, inner, o + i * LANES, outputs, y + i);
-}
-
-// Add to `count` vectors y of 16 outputs from o on what the pairs' experts give; `outputs` is the width of a row of B.
-inline void expand(const MixtureLayer& layer, const Pairs& pairs, Target target, const float* inner, int64_t max_rank,
-                   int64_t o, int64_t outputs, float* const y[], int count) {
-  for (int32_t p = 0; p < pairs.count; ++p) {
-    const Column& column = layer.columns[pairs.column[p]];
     const Update& update = column.updates[target];
-    if (column.halves) expand<bf16>(update, inner + p * max_rank, o, outputs, y, count);
-    else expand<float>(update, inner + p * max_rank, o, outputs, y, count);
+    const float weight = pairs.weight[p] * float(column.scale);
+    float* to = inner + p * max_rank;
+    if (!column.halves) shrink<float>(update, weight, in.x, width, to);
+    else if (in.halves) shrink(update, weight, in.halves, width, to);
+    else shrink<bf16>(update, weight, in.x, width, to);
   }
+}
+
+// y[t][0 .. 16 N - 1] += sum_r inner[t][r] * B[r, o ..] for L tokens; the vectors of a token lie `apart` floats apart.
+template <class W, int L, int N>
+inline void expand(const Update& update, const float* const inner[], int64_t o, int64_t outputs, float* y, int64_t apart) {
+  const W* b = static_cast<const W*>(update.b) + o;
+  __m512 sum[L][N];
+  for (int t = 0; t < L; ++t)
+    for (int i = 0; i < N; ++i) sum[t][i] = load(y + t * LANES + i * apart);
+  for (int64_t r = 0; r < update.rank; ++r, b += outputs) {
+    __m512 row[N];
+    for (int i = 0; i < N; ++i) row[i] = load(b + i * LANES);
+    for (int t = 0; t < L; ++t) {
+      const __m512 factor = _mm512_set1_ps(inner[t][r]);
+      for (int i = 0; i < N; ++i) sum[t][i] = _mm512_fmadd_ps(row[i], factor, sum[t][i]);
+    }
+  }
+  for (int t = 0; t < L; ++t)
+    for (int i = 0; i < N; ++i) store(y + t * LANES + i * apart, sum[t][i]);
+}
+
+template <class W, int L>
+inline void expand(const Update& update, const float* const inner[], int64_t o, int64_t outputs, float* y, int64_t apart,
+                   int count) {
+  if (count == 2) return expand<W, L, 2>(update, inner, o, outputs, y, apart);
+  for (int i = 0; i < count; ++i) expand<W, L, 1>(update, inner, o + i * LANES, outputs, y + i * apart, apart);
+}
+
+// The same for as many tokens as share an expert, four at a time.
+template <class W>
+inline void expand(const Update& update, const float* const inner[], int64_t tokens, int64_t o, int64_t outputs, float* y,
+                   int64_t apart, int count) {
+  for (; tokens >= 4; tokens -= 4, inner += 4, y += 4 * LANES) {
+    expand<W, 4>(update, inner, o, outputs, y, apart, count);
+  }
+  for (; tokens > 0; --tokens, ++inner, y += LANES) expand<W, 1>(update, inner, o, outputs, y, apart, count);
 }

@@ -72,21 +72,36 @@ class Team {
   std::vector<std::thread> threads_;
 };
 
-// Items 0..count-1 handed out in chunks to whoever is free; one object per phase, reset by one thread before it.
+// Items 0..count-1, a range for each of the team, in order; who has finished takes over from the others. One object per
+// phase, reset by one thread before it.
 class Share {
  public:
-  void reset() { next_.store(0, std::memory_order_relaxed); }
+  explicit Share(int size) : next_(size) {}
+
+  void reset() {
+    for (auto& each : next_) each.value.store(0, std::memory_order_relaxed);
+  }
+
+  // What is whose before anybody takes over.
+  static int64_t begin(int64_t count, int rank, int size) { return count * rank / size; }
 
   template <class F>
-  void each(int64_t count, int64_t chunk, F&& work) {
-    for (;;) {
-      const int64_t begin = next_.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= count) return;
-      const int64_t end = begin + chunk < count ? begin + chunk : count;
-      for (int64_t item = begin; item < end; ++item) work(item);
+  void each(int64_t count, int rank, F&& work) {
+    const int size = int(next_.size());
+    for (int turn = 0; turn < size; ++turn) {
+      const int whose = (rank + turn) % size;
+      const int64_t first = begin(count, whose, size), end = begin(count, whose + 1, size);
+      for (;;) {
+        const int64_t item = first + next_[whose].value.fetch_add(1, std::memory_order_relaxed);
+        if (item >= end) break;
+        work(item);
+      }
     }
   }
 
  private:
-  alignas(64) std::atomic<int64_t> next_{0};
+  struct alignas(64) Next {
+    std::atomic<int64_t> value{0};
+  };
+  std::vector<Next> next_;
 };

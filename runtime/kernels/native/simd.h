@@ -71,6 +71,33 @@ inline float dot(const X* x, const Y* y, int64_t n) {
   return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
 }
 
+// Lane i of the result is the sum of v[i].
+inline __m512 sum_each(__m512 v[LANES]) {
+  for (int i = 0; i < 16; i += 2) {
+    __m512 a = _mm512_unpacklo_ps(v[i], v[i + 1]), b = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    v[i / 2] = _mm512_add_ps(a, b);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    __m512d x = _mm512_castps_pd(v[i]), y = _mm512_castps_pd(v[i + 1]);
+    v[i / 2] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  // v[k], lane 4 q + i: the q-th quarter's share of sum 4 k + i
+  __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+  __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x88), _mm512_shuffle_f32x4(v[2], v[3], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// 32 bfloat16, or the first 16 and zeros.
+inline __m512bh load_halves(const bf16* p, bool all) {
+  if (all) return (__m512bh)_mm512_loadu_si512(p);
+  return (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// y[i] = x[i] rounded, n a multiple of 16.
+inline void round_to(bf16* y, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) store(y + i, load(x + i));
+}
+
 // Ask for all lines of some memory at once, so that their ways from there overlap.
 inline void fetch(const void* data, size_t bytes) {
   const char* p = static_cast<const char*>(data);

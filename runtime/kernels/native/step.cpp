@@ -43,8 +43,7 @@ struct Scratch {
 };
 
 constexpr int PHASES = 10;
-const auto nothing = [](int64_t, int64_t, int) {};
-constexpr int RUN = 4;  // blocks whose expands share the lines of an expert
+constexpr int RUN = 2;  // blocks of one matrix that are computed together: their bfloat16 of an expert are one line
 
 // Adds up how long each phase took, on the first thread.
 struct Clock {
@@ -60,8 +59,26 @@ struct Clock {
   }
 };
 
+// What a thread of the team has for itself.
+struct alignas(64) Desk {
+  std::vector<float> scores;
+  std::vector<bf16> halves;
+  Upcoming upcoming;
+};
+
+// The linears of a layer that read the same input, with the widths of input and outputs.
+struct Linears {
+  struct One {
+    Target target;
+    int64_t outputs;
+  };
+  int64_t width;
+  std::vector<One> targets;
+};
+
 struct Model {
   Config c;
+  Linears for_qkv, for_out, for_gate_up, for_down;
   Team team;
   std::vector<Layer> layers;
   Arena arena;  // of all matrices
@@ -70,12 +87,20 @@ struct Model {
   Cache cache{};
   Scratch s;
   std::vector<Share> shares;
-  std::vector<std::vector<float>> scores;
+  std::vector<Desk> desks;
   double phase_s[PHASES] = {};
 
   explicit Model(const Config& config)
-      : c(config), team(int(config.threads)), layers(config.layers), shares(config.layers * PHASES + 1),
-        scores(config.threads) {}
+      : c(config), team(int(config.threads)), layers(config.layers), desks(config.threads) {
+    const int64_t kv_width = c.kv_heads * c.head_width;
+    for_qkv = {c.width, {{Q, attention_width()}, {K, kv_width}, {V, kv_width}}};
+    for_out = {attention_width(), {{O, c.width}}};
+    for_gate_up = {c.width, {{GATE, c.ffn}, {UP, c.ffn}}};
+    for_down = {c.ffn, {{DOWN, c.width}}};
+    shares.reserve(config.layers * PHASES + 1);
+    while (shares.size() < shares.capacity()) shares.emplace_back(int(config.threads));
+    for (Desk& desk : desks) desk.halves.resize(std::max({c.width, c.ffn, attention_width()}));
+  }
 
   int64_t attention_width() const { return c.heads * c.head_width; }
   int64_t qkv_width() const { return (c.heads + 2 * c.kv_heads) * c.head_width; }
@@ -106,9 +131,7 @@ T* take(uint8_t*& at, int64_t count) {
 Input take_input(uint8_t*& at, int64_t tokens, int64_t cols) {
   Input in;
   in.stride = up(cols, GROUP);
-  in.floats = take<float>(at, tokens * in.stride);
-  in.halves = take<bf16>(at, tokens * in.stride);
-  in.codes = take<int8_t>(at, tokens * in.stride);
+  in.words = take<uint32_t>(at, tokens * in.stride);
   in.scales = take<float>(at, tokens * in.stride / GROUP);
   in.shift = take<int32_t>(at, tokens * in.stride / GROUP * 2);
   return in;
@@ -116,7 +139,10 @@ Input take_input(uint8_t*& at, int64_t tokens, int64_t cols) {
 
 void reserve(Model& m, int64_t tokens, int64_t max_rank) {
   Scratch& s = m.s;
+  const auto begin = [&](int64_t rows) { s.normed.rows = s.attended.rows = s.gated.rows = rows; };
+  begin(tokens);
   if (tokens <= s.tokens && max_rank <= s.max_rank) return;
+  const int64_t rows = tokens;
   tokens = std::max(up(tokens, 16), s.tokens);
   max_rank = std::max(up(max_rank, 8), s.max_rank);
   auto lay_out = [&](uint8_t* at) {
@@ -137,6 +163,7 @@ void reserve(Model& m, int64_t tokens, int64_t max_rank) {
   lay_out(s.pages->data);
   s.tokens = tokens;
   s.max_rank = max_rank;
+  begin(rows);
 }
 
 // The step of one call, with what its phases share.
@@ -160,64 +187,148 @@ struct Step {
     return layers && layers[index].count ? &layers[index] : nullptr;
   }
 
+  // Whether x may be rounded to multiply it with experts of 16 bits.
+  bool rounds() const { return m.head.kind != FLOAT32; }
+
   // Route token t by its normed input x and shrink it for up to three targets.
-  void choose(int64_t index, int64_t t, const float* x, std::initializer_list<Target> targets) const {
+  void choose(int64_t index, int64_t t, int rank, const float* x, std::initializer_list<Target> targets) const {
     if (const MixtureLayer* layer = experts(index, t)) {
       route(stage->rows[rows[t]], *layer, x, m.c.width, &m.s.pairs[t]);
-      reduce(index, t, x, m.c.width, targets);
+      reduce(index, t, rank, x, m.c.width, targets);
     }
   }
 
-  void reduce(int64_t index, int64_t t, const float* x, int64_t width, std::initializer_list<Target> targets) const {
+  void reduce(int64_t index, int64_t t, int rank, const float* x, int64_t width,
+              std::initializer_list<Target> targets) const {
     const MixtureLayer* layer = experts(index, t);
-    if (layer && few()) {
-      for (Target target : targets) fetch_a(*layer, m.s.pairs[t], target, width);
+    if (!layer) return;
+    const Pairs& pairs = m.s.pairs[t];
+    if (few()) {
+      for (int32_t p = 0; p < pairs.count; ++p) {
+        for (Target target : targets) {
+          const Column& column = layer->columns[pairs.column[p]];
+          ::fetch(column.updates[target].a, bytes_of_a(column, target, width));
+        }
+      }
     }
+    bf16* halves = rounds() ? m.desks[rank].halves.data() : nullptr;
+    if (halves) round_to(halves, x, width);
     int which = 0;
-    for (Target target : targets) {
-      if (layer) shrink(*layer, m.s.pairs[t], target, x, width, shrunk(t, which++), m.s.max_rank);
+    for (Target target : targets) shrink(*layer, pairs, target, {x, halves}, width, shrunk(t, which++), m.s.max_rank);
+  }
+
+  // Whether tokens t and u use the same experts.
+  bool alike(int64_t index, int64_t t, int64_t u) const {
+    const Pairs &one = m.s.pairs[t], &other = m.s.pairs[u];
+    if (experts(index, t) != experts(index, u) || one.count != other.count) return false;
+    return std::equal(one.column, one.column + one.count, other.column);
+  }
+
+  // Add to `count` vectors of 16 outputs from o on, of `tokens` tokens from t on, what their experts give; `outputs` is
+  // the width of a row of B. Tokens that follow each other and use the same experts share the loads of these.
+  void add(int64_t index, int64_t t, int64_t tokens, int which, Target target, int64_t o, int64_t outputs,
+           float (*y)[TILE][LANES], int count) const {
+    for (int64_t i = 0, next; i < tokens; i = next) {
+      next = i + 1;
+      const MixtureLayer* layer = experts(index, t + i);
+      if (!layer) continue;
+      while (next < tokens && alike(index, t + i, t + next)) ++next;
+      const Pairs& pairs = m.s.pairs[t + i];
+      for (int32_t p = 0; p < pairs.count; ++p) {
+        const Column& column = layer->columns[pairs.column[p]];
+        const Update& update = column.updates[target];
+        const float* inner[TILE];
+        for (int64_t k = i; k < next; ++k) inner[k - i] = shrunk(t + k, which) + p * m.s.max_rank;
+        constexpr int64_t apart = TILE * LANES;
+        if (column.halves) expand<bf16>(update, inner, next - i, o, outputs, y[0][i], apart, count);
+        else expand<float>(update, inner, next - i, o, outputs, y[0][i], apart, count);
+      }
     }
   }
 
-  void add(int64_t index, int64_t t, int which, Target target, int64_t o, int64_t outputs, float* const y[],
-           int count) const {
-    if (const MixtureLayer* layer = experts(index, t)) {
-      expand(*layer, m.s.pairs[t], target, shrunk(t, which), m.s.max_rank, o, outputs, y, count);
+  // Of which tokens the experts are meant: of those without a choice, of those that were routed, or of both.
+  enum Known { FIXED, ROUTED, BOTH };
+
+  // Calls work(column) for the experts of tokens begin .. end - 1 in a layer, once for each.
+  template <class F>
+  void used(int64_t index, int64_t begin, int64_t end, Known known, F&& work) const {
+    const Column* seen[2 * TILE];
+    int count = 0;
+    for (int64_t t = begin; t < end; ++t) {
+      const MixtureLayer* layer = experts(index, t);
+      if (!layer) continue;
+      const bool fixed = layer->count <= stage->rows[rows[t]].top_k;
+      if (known != BOTH && (known == FIXED) != fixed) continue;
+      const Pairs& pairs = m.s.pairs[t];
+      for (int64_t p = 0; p < (fixed ? layer->count : pairs.count); ++p) {
+        const Column* column = &layer->columns[fixed ? p : pairs.column[p]];
+        if (std::find(seen, seen + count, column) != seen + count) continue;
+        if (count < 2 * TILE) seen[count++] = column;
+        work(*column);
+      }
     }
   }
 
-  // Ask early for what `add` will read.
-  void fetch(int64_t index, int64_t t, Target target, int64_t o, int64_t outputs, int count) const {
-    const MixtureLayer* layer = few() ? experts(index, t) : nullptr;
-    if (layer) fetch_b(*layer, m.s.pairs[t], target, o, outputs, count);
+  // Note what this thread will read of experts in the linears that come next: A for its tokens, B for its outputs.
+  void expect(int64_t index, int rank, Known known, const Linears& linears) const {
+    if (!few() || !stage || index >= m.c.layers) return;
+    Upcoming& upcoming = m.desks[rank].upcoming;
+    const int size = m.team.size();
+    used(index, Share::begin(tokens, rank, size), Share::begin(tokens, rank + 1, size), known, [&](const Column& c) {
+      for (const auto& [target, outputs] : linears.targets) {
+        upcoming.add(c.updates[target].a, bytes_of_a(c, target, linears.width));
+      }
+    });
+    expect_b(index, rank, known, linears);
   }
 
-  // For every run of up to RUN blocks of 16 outputs and every token: before(first output, token, blocks), then
-  // done(first output, token, products, blocks).
-  // Runs do not cross a multiple of `border` outputs. With `parts` 2 two matrices alternate block by block; the products
-  // of the second then follow those of the first.
-  template <class Before, class Done>
-  void product(Share& share, const Matrix& matrix, const Input& in, int64_t border, int parts, Before&& before,
-               Done&& done) const {
+  void expect_b(int64_t index, int rank, Known known, const Linears& linears) const {
+    if (!few() || !stage) return;
+    Upcoming& upcoming = m.desks[rank].upcoming;
+    int64_t all = 0, begin = 0;
+    for (const auto& [target, outputs] : linears.targets) all += outputs;
+    const int64_t from = Share::begin(all, rank, m.team.size()), to = Share::begin(all, rank + 1, m.team.size());
+    const bool paired = linears.targets.size() == 2;  // gate and up alternate: a part of each
+    for (const auto& [target, outputs] : linears.targets) {
+      const int64_t first = paired ? from / 2 : std::clamp<int64_t>(from - begin, 0, outputs);
+      const int64_t end = paired ? to / 2 : std::clamp<int64_t>(to - begin, 0, outputs);
+      if (first < end) {
+        used(index, 0, tokens, known, [&](const Column& c) { note_b(upcoming, c, target, first, end, outputs); });
+      }
+      begin += outputs;
+    }
+  }
+
+  // For every run of up to RUN blocks of 16 outputs and every tile of tokens: done(first output, token, tokens,
+  // products, blocks).
+  // What it gets does not cross a multiple of `border` outputs. With `parts` 2 two matrices alternate block by block;
+  // the products of the second then follow those of the first, RUN later.
+  template <class Done>
+  void product(Share& share, int rank, const Matrix& matrix, const Input& in, int64_t border, int parts, Done&& done) const {
     const int64_t blocks = matrix.blocks / parts, per_border = std::max<int64_t>(1, border / LANES);
-    const int64_t runs = up(per_border, RUN) / RUN, items = up(blocks, per_border) / per_border * runs;
-    share.each(items, std::max<int64_t>(1, items / (m.team.size() * 8)), [&](int64_t item) {
-      const int64_t first = item / runs * per_border + item % runs * RUN;
-      const int64_t last = std::min({first + RUN, (item / runs + 1) * per_border, blocks});
-      float out[2 * RUN][TILE][LANES];
+    const int64_t items = up(blocks, RUN) / RUN, tiles = up(tokens, TILE) / TILE;
+    Upcoming& upcoming = m.desks[rank].upcoming;
+    upcoming.spread(items / m.team.size() * tiles * parts * up(matrix.groups, GROUPS) / GROUPS);
+    share.each(items, rank, [&](int64_t item) {
+      const int64_t first = item * RUN, last = std::min(first + RUN, blocks);
+      const auto pieces = [&](auto&& each) {
+        for (int64_t block = first, end; block < last; block = end) {
+          end = std::min(last, (block / per_border + 1) * per_border);
+          each(block, int(end - block));
+        }
+      };
+      alignas(64) float out[2 * RUN][TILE][LANES];
       for (int64_t t = 0; t < tokens; t += TILE) {
         const int64_t count = std::min(TILE, tokens - t);
-        for (int64_t i = 0; i < count && first < last; ++i) before(first * LANES, t + i, int(last - first));
-        for (int64_t block = first; block < last; ++block) {
-          for (int part = 0; part < parts; ++part) {
-            multiply_tile(matrix, block * parts + part, in, t, count, out[part * RUN + block - first]);
-          }
+        const int64_t bytes = (last - first) * parts * int64_t(matrix.block_bytes);
+        const Ahead ahead = ahead_of(t / TILE, tiles, bytes);
+        for (int64_t block = first * parts; block < last * parts; block += 2) {
+          const int together = int(std::min<int64_t>(2, last * parts - block));
+          float(*to[2])[LANES];
+          for (int64_t k = block - first * parts, j = 0; j < together; ++k, ++j) to[j] = out[k % parts * RUN + k / parts];
+          multiply_tile(matrix, block, together, in, t, ahead, upcoming, to);
         }
-        for (int64_t i = 0; i < count && first < last; ++i) {
-          float* y[2 * RUN];
-          for (int k = 0; k < 2 * RUN; ++k) y[k] = out[k][i];
-          done(first * LANES, t + i, y, int(last - first));
-        }
+        pieces([&](int64_t block, int n) { done(block * LANES, t, count, out + (block - first), n); });
       }
     });
   }
@@ -227,14 +338,21 @@ struct Step {
     const Config& c = m.c;
     const int64_t group = c.heads / c.kv_heads;
     const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * c.head_width;
-    if (alone) {  // beyond the first kilobytes the machine itself sees where it goes on
-      const size_t bytes = std::min<size_t>(size_t(positions[t] * c.head_width) * sizeof(C), 16384);
-      ::fetch(static_cast<C*>(m.cache.keys) + plane, bytes);
-      ::fetch(static_cast<C*>(m.cache.values) + plane, bytes);
-    }
     attend<C>(group, m.s.qkv + t * m.qkv_width() + head * group * c.head_width, static_cast<C*>(m.cache.keys) + plane,
               static_cast<C*>(m.cache.values) + plane, positions[t] + 1, c.head_width, scratch,
               m.s.mixed + t * m.attention_width() + head * group * c.head_width);
+  }
+
+  // Ask for what the next item of a phase will read: the machine itself sees where it goes on beyond some kilobytes.
+  template <class C>
+  void fetch_cache(int64_t index, int64_t item) const {
+    const Config& c = m.c;
+    if (!alone || item >= tokens * c.kv_heads) return;
+    const int64_t t = item / c.kv_heads, head = item % c.kv_heads;
+    const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * c.head_width;
+    const size_t bytes = std::min<size_t>(size_t(positions[t] * c.head_width) * sizeof(C), 16384);
+    ::fetch(static_cast<C*>(m.cache.keys) + plane, bytes);
+    ::fetch(static_cast<C*>(m.cache.values) + plane, bytes);
   }
 
   // Rotate the heads of one group and write its key and value.
@@ -265,15 +383,18 @@ struct Step {
   template <class C>
   void attention(int64_t index, Share& first, Share& second, int rank) const {
     const Config& c = m.c;
-    float* scratch = m.scores[rank].data();
+    float* scratch = m.desks[rank].scores.data();
     const int64_t items = tokens * c.kv_heads;
-    first.each(items, 1, [&](int64_t item) {
+    fetch_cache<C>(index, Share::begin(items, rank, m.team.size()));
+    first.each(items, rank, [&](int64_t item) {
+      fetch_cache<C>(index, item + 1);
+      m.desks[rank].upcoming.ask();
       place<C>(index, item / c.kv_heads, item % c.kv_heads);
       if (alone) attend_head<C>(index, item / c.kv_heads, item % c.kv_heads, scratch);
     });
     m.team.barrier();
     if (alone) return;
-    second.each(items, 1, [&](int64_t item) {
+    second.each(items, rank, [&](int64_t item) {
       attend_head<C>(index, item / c.kv_heads, item % c.kv_heads, scratch);
     });
     m.team.barrier();
@@ -288,83 +409,93 @@ struct Step {
     Scratch& s = m.s;
     const int64_t q_width = m.attention_width(), kv_width = c.kv_heads * c.head_width;
 
-    share[0].each(tokens, 1, [&](int64_t t) {
+    share[0].each(tokens, rank, [&](int64_t t) {
       float* x = s.x + t * c.width;
       norm(hidden + t * c.width, l.attention_norm, c.epsilon, x);
       prepare(l.qkv.kind, s.normed, t, x, c.width);
-      if (in_attention) choose(index, t, x, {Q, K, V});
+      if (in_attention) choose(index, t, rank, x, {Q, K, V});
     });
     m.team.barrier();
     clock.mark(0);
     const auto part_of = [&](int64_t o) { return o < q_width ? 0 : o < q_width + kv_width ? 1 : 2; };
     const int64_t begins[] = {0, q_width, q_width + kv_width}, widths[] = {q_width, kv_width, kv_width};
-    const auto fetch_qkv = [&](int64_t o, int64_t t, int count) {
+    Upcoming& upcoming = m.desks[rank].upcoming;
+    upcoming.clear();
+    if (in_attention) expect(index, rank, BOTH, m.for_out);
+    product(share[1], rank, l.qkv, s.normed, c.head_width, 1,
+            [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       const int part = part_of(o);
-      if (in_attention) fetch(index, t, Target(Q + part), o - begins[part], widths[part], count);
-    };
-    product(share[1], l.qkv, s.normed, c.head_width, 1, fetch_qkv, [&](int64_t o, int64_t t, float* const y[], int count) {
-      if (!l.qkv_bias.empty()) {
-        for (int i = 0; i < count; ++i) accumulate(y[i], l.qkv_bias.data() + o + i * LANES);
+      if (in_attention) add(index, t, n, part, Target(Q + part), o - begins[part], widths[part], y, count);
+      for (int64_t i = 0; i < n; ++i) {
+        float* to = s.qkv + (t + i) * m.qkv_width() + o;
+        for (int k = 0; k < count; ++k) {
+          const __m512 bias = l.qkv_bias.empty() ? _mm512_setzero_ps() : load(l.qkv_bias.data() + o + k * LANES);
+          store(to + k * LANES, _mm512_add_ps(load(y[k][i]), bias));
+        }
       }
-      const int part = part_of(o);
-      if (in_attention) add(index, t, part, Target(Q + part), o - begins[part], widths[part], y, count);
-      float* to = s.qkv + t * m.qkv_width() + o;
-      for (int i = 0; i < count; ++i) store(to + i * LANES, load(y[i]));
     });
     m.team.barrier();
     clock.mark(1);
+    expect(index, rank, FIXED, m.for_gate_up);  // experts of the FFN are half of all: it begins early
+    upcoming.spread(2 * up(tokens * c.kv_heads, m.team.size()) / m.team.size());
     if (m.cache.halves) attention<bf16>(index, share[2], share[3], rank);
     else attention<float>(index, share[2], share[3], rank);
     clock.mark(2);
 
-    share[4].each(tokens, 1, [&](int64_t t) {
+    share[4].each(tokens, rank, [&](int64_t t) {
       const float* x = s.mixed + t * q_width;
       prepare(l.out.kind, s.attended, t, x, q_width);
-      if (in_attention) reduce(index, t, x, q_width, {O});
+      if (in_attention) reduce(index, t, rank, x, q_width, {O});
     });
     m.team.barrier();
     clock.mark(4);
-    const auto fetch_out = [&](int64_t o, int64_t t, int count) {
-      if (in_attention) fetch(index, t, O, o, c.width, count);
-    };
-    product(share[5], l.out, s.attended, c.width, 1, fetch_out, [&](int64_t o, int64_t t, float* const y[], int count) {
-      if (in_attention) add(index, t, 0, O, o, c.width, y, count);
-      for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
+    product(share[5], rank, l.out, s.attended, c.width, 1,
+            [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
+      if (in_attention) add(index, t, n, 0, O, o, c.width, y, count);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int k = 0; k < count; ++k) accumulate(hidden + (t + i) * c.width + o + k * LANES, y[k][i]);
+      }
     });
     m.team.barrier();
     clock.mark(5);
-    share[6].each(tokens, 1, [&](int64_t t) {
+    share[6].each(tokens, rank, [&](int64_t t) {
       float* x = s.x + t * c.width;
       norm(hidden + t * c.width, l.ffn_norm, c.epsilon, x);
       prepare(l.gate_up.kind, s.normed, t, x, c.width);
-      choose(index, t, x, {GATE, UP});
+      choose(index, t, rank, x, {GATE, UP});
       if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
     });
     m.team.barrier();
     clock.mark(6);
-    const auto fetch_gate_up = [&](int64_t o, int64_t t, int count) {
-      fetch(index, t, GATE, o, c.ffn, count);
-      fetch(index, t, UP, o, c.ffn, count);
-    };
-    product(share[7], l.gate_up, s.normed, c.ffn, 2, fetch_gate_up, [&](int64_t o, int64_t t, float* const y[], int count) {
-      add(index, t, 0, GATE, o, c.ffn, y, count);
-      add(index, t, 1, UP, o, c.ffn, y + RUN, count);
-      float* to = s.inner + t * c.ffn + o;
-      for (int i = 0; i < count; ++i) store(to + i * LANES, _mm512_mul_ps(silu16(load(y[i])), load(y[RUN + i])));
+    upcoming.clear();
+    expect_b(index, rank, ROUTED, m.for_gate_up);
+    expect(index, rank, BOTH, m.for_down);
+    product(share[7], rank, l.gate_up, s.normed, c.ffn, 2,
+            [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
+      add(index, t, n, 0, GATE, o, c.ffn, y, count);
+      add(index, t, n, 1, UP, o, c.ffn, y + RUN, count);
+      for (int64_t i = 0; i < n; ++i) {
+        float* to = s.inner + (t + i) * c.ffn + o;
+        for (int k = 0; k < count; ++k) store(to + k * LANES, _mm512_mul_ps(silu16(load(y[k][i])), load(y[RUN + k][i])));
+      }
     });
     m.team.barrier();
     clock.mark(7);
-    share[8].each(tokens, 1, [&](int64_t t) {
+    share[8].each(tokens, rank, [&](int64_t t) {
       const float* x = s.inner + t * c.ffn;
       prepare(l.down.kind, s.gated, t, x, c.ffn);
-      reduce(index, t, x, c.ffn, {DOWN});
+      reduce(index, t, rank, x, c.ffn, {DOWN});
     });
     m.team.barrier();
     clock.mark(8);
-    const auto fetch_down = [&](int64_t o, int64_t t, int count) { fetch(index, t, DOWN, o, c.width, count); };
-    product(share[9], l.down, s.gated, c.width, 1, fetch_down, [&](int64_t o, int64_t t, float* const y[], int count) {
-      add(index, t, 0, DOWN, o, c.width, y, count);
-      for (int i = 0; i < count; ++i) accumulate(hidden + t * c.width + o + i * LANES, y[i]);
+    upcoming.clear();
+    if (in_attention) expect(index + 1, rank, FIXED, m.for_qkv);
+    product(share[9], rank, l.down, s.gated, c.width, 1,
+            [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
+      add(index, t, n, 0, DOWN, o, c.width, y, count);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int k = 0; k < count; ++k) accumulate(hidden + (t + i) * c.width + o + k * LANES, y[k][i]);
+      }
     });
     m.team.barrier();
     clock.mark(9);
@@ -428,7 +559,7 @@ int gr_set(void* handle, int which, int64_t layer, const float* w, int64_t rows,
 void gr_cache(void* handle, void* keys, void* values, int64_t slots, int64_t context, int64_t halves) {
   Model& m = *static_cast<Model*>(handle);
   m.cache = Cache{keys, values, slots, context, halves};
-  for (auto& scores : m.scores) scores.resize(4 * up(context, LANES));
+  for (Desk& desk : m.desks) desk.scores.resize(4 * up(context, LANES));
 }
 
 // Run layers begin .. end - 1 over `hidden` [tokens, D] float32, in place; the tokens' keys and values enter the cache.
@@ -465,15 +596,19 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
   }
   for (auto& share : m.shares) share.reset();
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
-  m.team.run([&](int) {
-    m.shares[0].each(tokens, 1, [&](int64_t t) {
+  m.team.run([&](int rank) {
+    m.desks[rank].upcoming.clear();
+    m.shares[0].each(tokens, rank, [&](int64_t t) {
       float* x = m.s.x + t * m.c.width;
       norm(hidden + t * m.c.width, m.final_norm, m.c.epsilon, x);
       prepare(m.head.kind, m.s.normed, t, x, m.c.width);
     });
     m.team.barrier();
-    step.product(m.shares[1], m.head, m.s.normed, m.c.vocabulary, 1, nothing, [&](int64_t o, int64_t t, float* const y[], int n) {
-      for (int i = 0; i < n; ++i) put(logits + t * m.c.vocabulary, o + i * LANES, m.c.vocabulary, y[i]);
+    step.product(m.shares[1], rank, m.head, m.s.normed, m.c.vocabulary, 1,
+                 [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int k = 0; k < count; ++k) put(logits + (t + i) * m.c.vocabulary, o + k * LANES, m.c.vocabulary, y[k][i]);
+      }
     });
   });
   return 0;
@@ -492,14 +627,19 @@ int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t to
   const Input& in = which == 1 ? m.s.attended : which == 3 ? m.s.gated : m.s.normed;
   for (auto& share : m.shares) share.reset();
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
-  m.team.run([&](int) {
-    m.shares[0].each(tokens, 1, [&](int64_t t) { prepare(matrix.kind, in, t, x + t * matrix.cols, matrix.cols); });
+  m.team.run([&](int rank) {
+    m.desks[rank].upcoming.clear();
+    m.shares[0].each(tokens, rank, [&](int64_t t) { prepare(matrix.kind, in, t, x + t * matrix.cols, matrix.cols); });
     m.team.barrier();
     const int parts = which == 2 ? 2 : 1;
     const int64_t rows = matrix.rows / parts;
-    step.product(m.shares[1], matrix, in, rows, parts, nothing, [&](int64_t o, int64_t t, float* const x[], int n) {
-      for (int part = 0; part < parts; ++part) {
-        for (int i = 0; i < n; ++i) put(y + t * matrix.rows + part * rows, o + i * LANES, rows, x[part * RUN + i]);
+    step.product(m.shares[1], rank, matrix, in, rows, parts,
+                 [&](int64_t o, int64_t t, int64_t n, float (*x)[TILE][LANES], int count) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int k = 0; k < parts * count; ++k) {
+          const int part = k / count, at = k % count;
+          put(y + (t + i) * matrix.rows + part * rows, o + at * LANES, rows, x[part * RUN + at][i]);
+        }
       }
     });
   });
