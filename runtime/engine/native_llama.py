@@ -1,8 +1,8 @@
 """A Llama-family model on the native step: a whole range of layers in one call, on a CPU.
 
 It knows nothing of requests; it is `LlamaModel` with another inside.
-Read first: mixtures whose routers keep the K largest run natively, with the experts where they lie in memory. A step
-with any other mixture runs layer by layer as in `LlamaModel`, on the same packed weights. Torch itself should use one
+Read first: mixtures of all kinds run natively, with the experts where they lie in memory. A step with a mixture that
+has hyper-adapters runs layer by layer as in `LlamaModel`, on the same packed weights. Torch itself should use one
 thread beside this: its threads spin for a while after each operation, on the cores that the step needs.
 """
 
@@ -22,11 +22,12 @@ from runtime.engine.llama import LlamaModel, MixtureRows, check_supported
 from runtime.engine.stage import FetchExpert, Stage
 from runtime.engine.staged_router import StagedColumn
 from runtime.errors import UnsupportedDeviceError
-from runtime.kernels.native_step import MAX_K, NativeColumn, NativeMixture, NativeStage, NativeStep, StepShape
+from runtime.kernels.native_mixture import MAX_K, NativeColumn, NativeGroups, NativeMixture, NativePart, NativeStage
+from runtime.kernels.native_step import NativeStep, StepShape
 from runtime.kernels.step_kinds import WeightKind
 from runtime.model.expert import Expert
 from runtime.model.llama_source import LlamaSource
-from runtime.model.mixture import Mixture
+from runtime.model.mixture import Mixture, Router, RouterPart
 
 
 class NativeLlama(LlamaModel):
@@ -70,7 +71,9 @@ class NativeLlama(LlamaModel):
         )
         check_runs_on(model.device)
         if not shape.native:
-            raise UnsupportedDeviceError(f"the native step takes widths in multiples of 16 and usual heads, this base has {shape}")
+            raise UnsupportedDeviceError(
+                f"the native step takes widths in multiples of 16 and usual heads, this base has {shape}"
+            )
         self.step = NativeStep(library, shape, weights=weights, threads=threads)
         self._cache: KVCache | None = None
         self._mixtures: dict[str, NativeMixture] = {}
@@ -132,20 +135,20 @@ class NativeLlama(LlamaModel):
 
     def _stage(self, stage: Stage, layers: range) -> NativeStage | None:
         """The mixtures of a step, with these layers filled in; None where one of them cannot run natively."""
-        if not all(_is_native(mixture) for mixture, _ in stage.mixtures):
+        if not all(mixture.digest in self._mixtures or _is_native(mixture) for mixture, _ in stage.mixtures):
             return None
         return NativeStage([None, *(self._mixture(mixture, fetch, layers) for mixture, fetch in stage.mixtures)])
 
     def _mixture(self, mixture: Mixture, fetch: FetchExpert, layers: range) -> NativeMixture:
         native = self._mixtures.get(mixture.digest)
         if native is None:
-            native = NativeMixture(len(self.layers), top_k=mixture.top_k, absolute=mixture.kind == "arrow")
+            native = NativeMixture(len(self.layers))
             self._mixtures[mixture.digest] = native
         for layer in layers:
             router = mixture.routers.get(layer)
             if router is not None and layer not in native:
                 columns = [_column(fetch(digest, layer)) for digest in router.experts]
-                native.set_layer(layer, router.weight.float().contiguous(), columns)
+                native.set_layer(layer, [_part(part) for part in _parts(mixture, router)], columns)
         return native
 
 
@@ -156,10 +159,37 @@ def check_runs_on(device: torch.device) -> None:
 
 
 def _is_native(mixture: Mixture) -> bool:
-    plain = all(
-        router.bias is None and router.constant is None and router.groups is None for router in mixture.routers.values()
+    routers = mixture.routers.values()
+    return mixture.hyper is None and all(sum(map(_most, _parts(mixture, router))) <= MAX_K for router in routers)
+
+
+def _most(part: RouterPart) -> int:
+    count = len(part.router.experts)
+    return min(part.top_k, count) if part.kind in ("top_k", "arrow") else count
+
+
+def _parts(mixture: Mixture, router: Router) -> tuple[RouterPart, ...]:
+    """A blend's parts, or the one of another mixture."""
+    return router.parts or (RouterPart(1.0, mixture.kind, mixture.top_k, router),)
+
+
+def _part(part: RouterPart) -> NativePart:
+    """A part with its temperatures in its weights."""
+    assert part.kind != "blend", "a blend is of tasks' own routers"
+    router, groups, tau = part.router, None, 1.0
+    if router.groups is not None:
+        own, tau = router.groups, router.groups.tau_expert
+        weight, bias = own.weight / own.tau_group, own.bias / own.tau_group
+        groups = NativeGroups(weight, bias, own.allowed, own.member, own.share, own.epsilon)
+    return NativePart(
+        part.kind,
+        part.top_k,
+        router.weight.float() / tau,
+        None if router.bias is None else router.bias / tau,
+        router.constant,
+        groups,
+        part.share,
     )
-    return mixture.hyper is None and mixture.kind in ("top_k", "arrow") and mixture.top_k <= MAX_K and plain
 
 
 def _column(expert: Expert) -> NativeColumn:
@@ -185,5 +215,8 @@ def _tell(watch: RouteWatch, stage: Stage, layers: range, record: torch.Tensor) 
             places = record[layer, token, 1 : 1 + count].tolist()
             weights = record[layer, token, 1 + MAX_K : 1 + MAX_K + count].view(torch.float32).tolist()
             labels = router.labels or ("",) * len(router.experts)
-            columns = [StagedColumn(row, router.experts[place], labels[place]) for place in places]
-            explanation.add(layer, columns, weights)
+            columns = [StagedColumn(row, digest, label) for digest, label in zip(router.experts, labels, strict=True)]
+            every = [0.0] * len(columns)
+            for place, weight in zip(places, weights, strict=True):
+                every[place] = weight
+            explanation.add(layer, columns, every)

@@ -8,7 +8,6 @@ tensors must stay alive as long as the stage, which keeps them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
@@ -16,11 +15,10 @@ from typing import get_args
 import torch
 
 from runtime.errors import BudgetError
+from runtime.kernels.native_mixture import NativeStage, address
 from runtime.kernels.step_kinds import WeightKind
 
 KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
-TARGET_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
-MAX_K = 8
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128, 256)
 PHASES = (
     *("norm, route, shrink for q k v", "q k v", "rotate, attention", "", "shrink for o", "o"),
@@ -38,26 +36,6 @@ class _Config(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("vocabulary", "context", "threads")),
         ("epsilon", ctypes.c_double),
     )
-
-
-class _Update(ctypes.Structure):
-    _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64))
-
-
-class _Column(ctypes.Structure):
-    _fields_ = (("updates", _Update * len(TARGET_ORDER)), ("scale", ctypes.c_double), ("halves", ctypes.c_int64))
-
-
-class _MixtureLayer(ctypes.Structure):
-    _fields_ = (("router", ctypes.c_void_p), ("columns", ctypes.POINTER(_Column)), ("count", ctypes.c_int64))
-
-
-class _Mixture(ctypes.Structure):
-    _fields_ = (("layers", ctypes.POINTER(_MixtureLayer)), ("top_k", ctypes.c_int64), ("absolute", ctypes.c_int64))
-
-
-class _Stage(ctypes.Structure):
-    _fields_ = (("rows", ctypes.POINTER(_Mixture)), ("max_rank", ctypes.c_int64), ("attention", ctypes.c_int64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,69 +56,6 @@ class StepShape:
     def native(self) -> bool:
         """Whether the native step can run it: widths in whole vectors of 16, heads of a width that it was made for."""
         return all(size % 16 == 0 for size in (self.width, self.ffn)) and self.head_width in HEAD_WIDTHS
-
-
-@dataclass(frozen=True)
-class NativeColumn:
-    """One expert under one router column.
-
-    Args:
-        updates: per target (A [R, D], B^T [R, H]), contiguous, all float32 or all bfloat16.
-        scale: of `B A x`.
-    """
-
-    updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    scale: float
-
-
-class NativeMixture:
-    """A mixture as the native step reads it: pointers to experts where they lie in memory.
-
-    Args:
-        num_layers: L.
-        top_k: experts per token, at most `MAX_K`.
-        absolute: whether the size of a logit counts and not its sign.
-
-    It keeps the tensors that it points to.
-    """
-
-    def __init__(self, num_layers: int, *, top_k: int, absolute: bool) -> None:
-        self._layers = (_MixtureLayer * num_layers)()
-        self._kept: dict[int, object] = {}
-        self.max_rank, self.attention = 1, False
-        self.raw = _Mixture(self._layers, top_k, int(absolute))
-
-    def __contains__(self, layer: int) -> bool:
-        return layer in self._kept
-
-    def set_layer(self, layer: int, router: torch.Tensor, columns: Sequence[NativeColumn]) -> None:
-        """Give a layer its experts: router [C, D] float32 contiguous, and C columns."""
-        array = (_Column * len(columns))()
-        for place, column in zip(array, columns, strict=True):
-            place.scale = column.scale
-            for target, (a, b) in column.updates.items():
-                assert a.dtype == b.dtype, "an expert is of one dtype"
-                place.halves = int(a.dtype == torch.bfloat16)
-                place.updates[TARGET_ORDER.index(target)] = _Update(_address(a), _address(b), a.shape[0])
-                self.max_rank = max(self.max_rank, a.shape[0])
-                self.attention = self.attention or target in TARGET_ORDER[:4]
-        self._layers[layer] = _MixtureLayer(_address(router), array, len(columns))
-        self._kept[layer] = (router, columns, array)
-
-
-class NativeStage:
-    """The mixtures of a step.
-
-    Args:
-        rows: None is the plain base model.
-    """
-
-    def __init__(self, rows: Sequence[NativeMixture | None]) -> None:
-        self._rows = (_Mixture * len(rows))(*(row.raw if row else _Mixture() for row in rows))
-        self._kept = tuple(rows)
-        mixtures = [row for row in rows if row]
-        max_rank = max((row.max_rank for row in mixtures), default=1)
-        self.raw = _Stage(self._rows, max_rank, int(any(row.attention for row in mixtures)))
 
 
 class NativeStep:
@@ -275,10 +190,5 @@ def _kept_as(name: str, weights: WeightKind) -> WeightKind:
     return "int8" if weights == "int4" and name in ("out", "down", "head") else weights
 
 
-def _address(tensor: torch.Tensor) -> int:
-    assert tensor.is_contiguous(), "tensors cross as plain memory"
-    return tensor.data_ptr()
-
-
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(_address(tensor))
+    return ctypes.c_void_p(address(tensor))

@@ -6,7 +6,7 @@
 #include "upcoming.h"
 
 enum Target : int { Q, K, V, O, GATE, UP, DOWN, NUM_TARGETS };
-constexpr int MAX_K = 8;  // experts of one token at most
+constexpr int MAX_K = 64;  // experts of one token at most
 
 struct Update {
   const void* a;  // [rank, inputs]
@@ -20,23 +20,43 @@ struct Column {
   int64_t halves;  // 1 where its matrices are bfloat16, 0 where they are float
 };
 
-// One layer of a mixture: the router's columns and the experts that they choose.
+enum Weighing : int64_t { TOP_K, ABSOLUTE, GROUPED, CONSTANT };
+
+// How some columns of a layer, one after the other, are weighed; a blend has several of these.
+struct Part {
+  int64_t weighing;
+  int64_t begin, end;     // columns
+  int64_t top_k;
+  double share;           // what the weights are multiplied by
+  const float* weight;    // [end - begin, D], of the router
+  const float* bias;      // [end - begin] or null
+  const float* constant;  // [end - begin] or null: weights that do not depend on the token
+  // where groups are weighed first
+  int64_t groups;
+  const float* group_weight;      // [groups, D]
+  const float* group_bias;        // [groups]
+  const int32_t* group_allowed;   // [groups]
+  const int32_t* member;          // [end - begin], -1 for none
+  double group_share, epsilon;
+};
+
+// One layer of a mixture: the experts that its router's parts choose from.
 struct MixtureLayer {
-  const float* router;    // [count, D]
+  const Part* parts;
+  int64_t num_parts;
   const Column* columns;  // [count]
   int64_t count;          // 0: no experts in this layer
+  int64_t all;            // 1 where every token uses every column
 };
 
 struct Mixture {
   const MixtureLayer* layers;  // [L]; null is the plain base model
-  int64_t top_k;               // at most MAX_K
-  int64_t absolute;            // 1 where the size of a logit counts and not its sign (Arrow)
 };
 
 // The mixtures of a step.
 struct Stage {
   const Mixture* rows;
-  int64_t max_rank;
+  int64_t max_rank, max_k;  // over all mixtures
   int64_t attention;  // 1 where any column updates q, k, v or o
 };
 
@@ -46,30 +66,85 @@ struct Pairs {
   float weight[MAX_K];
 };
 
-// The k largest logits, softmax over them; ties go to the earlier column.
-inline void route(const Mixture& mixture, const MixtureLayer& layer, const float* x, int64_t width, Pairs* pairs) {
-  int32_t count = 0;
-  const int32_t k = int32_t(mixture.top_k);
-  for (int32_t c = 0; c < layer.count; ++c) {
-    float logit = dot(x, layer.router + c * width, width);
-    if (mixture.absolute) logit = __builtin_fabsf(logit);
-    int32_t at = count < k ? count++ : (logit > pairs->weight[k - 1] ? k - 1 : -1);
-    if (at < 0) continue;
-    for (; at > 0 && pairs->weight[at - 1] < logit; --at) {
-      pairs->weight[at] = pairs->weight[at - 1];
-      pairs->column[at] = pairs->column[at - 1];
-    }
-    pairs->weight[at] = logit;
-    pairs->column[at] = c;
-  }
-  float total = 0;
-  const float top = count ? pairs->weight[0] : 0;
-  for (int32_t p = 0; p < count; ++p) total += pairs->weight[p] = __builtin_expf(pairs->weight[p] - top);
-  for (int32_t p = 0; p < count; ++p) pairs->weight[p] /= total;
-  pairs->count = count;
+inline void take(Pairs* pairs, int64_t column, double weight) {
+  if (weight == 0) return;
+  pairs->column[pairs->count] = int32_t(column);
+  pairs->weight[pairs->count++] = float(weight);
 }
 
-// Size of the A of a column for one target.
+inline float logit_of(const Part& part, int64_t c, const float* x, int64_t width) {
+  const float logit = dot(x, part.weight + c * width, width) + (part.bias ? part.bias[c] : 0.0f);
+  return part.weighing == ABSOLUTE ? __builtin_fabsf(logit) : logit;
+}
+
+// The k largest logits, softmax over them; ties go to the earlier column.
+inline void choose_top(const Part& part, const float* x, int64_t width, Pairs* pairs) {
+  int64_t count = 0, column[MAX_K];
+  float logits[MAX_K];
+  for (int64_t c = 0; c < part.end - part.begin; ++c) {
+    const float logit = logit_of(part, c, x, width);
+    int64_t at = count < part.top_k ? count++ : (logit > logits[part.top_k - 1] ? part.top_k - 1 : -1);
+    if (at < 0) continue;
+    for (; at > 0 && logits[at - 1] < logit; --at) logits[at] = logits[at - 1], column[at] = column[at - 1];
+    logits[at] = logit, column[at] = c;
+  }
+  float total = 0;
+  const float top = count ? logits[0] : 0;
+  for (int64_t p = 0; p < count; ++p) total += logits[p] = __builtin_expf(logits[p] - top);
+  for (int64_t p = 0; p < count; ++p) take(pairs, part.begin + column[p], float(part.share) * (logits[p] / total));
+}
+
+// Softmax over the allowed groups, 0 where it is below epsilon; times the softmax within each group.
+inline void choose_grouped(const Part& part, const float* x, int64_t width, Pairs* pairs) {
+  const int64_t count = part.end - part.begin;
+  float groups[MAX_K], highest[MAX_K], totals[MAX_K] = {}, logits[MAX_K], top = -1e30f, total = 0;
+  for (int64_t g = 0; g < part.groups; ++g) {
+    highest[g] = -1e30f;
+    if (!part.group_allowed[g]) continue;
+    groups[g] = dot(x, part.group_weight + g * width, width) + part.group_bias[g];
+    top = groups[g] > top ? groups[g] : top;
+  }
+  for (int64_t g = 0; g < part.groups; ++g) {
+    groups[g] = part.group_allowed[g] ? __builtin_expf(groups[g] - top) : 0.0f;
+    total += groups[g];
+  }
+  for (int64_t g = 0; g < part.groups; ++g) {
+    groups[g] = total > 0 ? groups[g] / total : 0.0f;
+    if (groups[g] < float(part.epsilon)) groups[g] = 0;
+  }
+  const auto open = [&](int64_t c) { return part.member[c] >= 0 && part.group_allowed[part.member[c]]; };
+  for (int64_t c = 0; c < count; ++c) {
+    if (!open(c)) continue;
+    logits[c] = logit_of(part, c, x, width);
+    float& most = highest[part.member[c]];
+    most = logits[c] > most ? logits[c] : most;
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    if (open(c)) totals[part.member[c]] += logits[c] = __builtin_expf(logits[c] - highest[part.member[c]]);
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    float weight = open(c) ? float(part.group_share) * (groups[part.member[c]] * logits[c] / totals[part.member[c]]) : 0.0f;
+    if (part.constant) weight += part.constant[c];
+    take(pairs, part.begin + c, float(part.share) * weight);
+  }
+}
+
+// The experts of a token by its normed input x: of each part what its kind says, those of weight 0 left out.
+inline void route(const MixtureLayer& layer, const float* x, int64_t width, Pairs* pairs) {
+  pairs->count = 0;
+  for (int64_t i = 0; i < layer.num_parts; ++i) {
+    const Part& part = layer.parts[i];
+    if (part.weighing == GROUPED) {
+      choose_grouped(part, x, width, pairs);
+    } else if (part.weighing == CONSTANT) {
+      for (int64_t c = part.begin; c < part.end; ++c) take(pairs, c, float(part.share) * part.constant[c - part.begin]);
+    } else {
+      choose_top(part, x, width, pairs);
+    }
+  }
+}
+
+// Bytes of the A of a column for one target.
 inline size_t bytes_of_a(const Column& column, Target target, int64_t width) {
   return size_t(column.updates[target].rank * width) * (column.halves ? 2 : 4);
 }
@@ -128,7 +203,7 @@ inline void shrink(const Update& update, float weight, const float* x, int64_t w
   for (; r < update.rank; ++r, a += width) inner[r] = weight * dot(x, a, width);
 }
 
-// inner[p, r] = weight[p] * scale * (A_p x)[r] for one target; inner is [MAX_K, max_rank].
+// inner[p, r] = weight[p] * scale * (A_p x)[r] for one target; inner is [max_k, max_rank].
 inline void shrink(const MixtureLayer& layer, const Pairs& pairs, Target target, Shrunk in, int64_t width,
                    float* inner, int64_t max_rank) {
   for (int32_t p = 0; p < pairs.count; ++p) {

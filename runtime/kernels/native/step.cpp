@@ -39,11 +39,11 @@ struct Scratch {
   Input normed, attended, gated;  // of width D, heads * head width, F
   float *x, *qkv, *mixed, *inner, *shrunk;
   Pairs* pairs;
-  int64_t max_rank = 0;
+  int64_t max_rank = 0, max_k = 0;
 };
 
 constexpr int PHASES = 10;
-constexpr int RUN = 2;  // blocks of one matrix that are computed together: their bfloat16 of an expert are one line
+constexpr int RUN = 4;  // blocks of one matrix that are computed together at most: so they share an expert's lines
 
 // Adds up how long each phase took, on the first thread.
 struct Clock {
@@ -137,14 +137,15 @@ Input take_input(uint8_t*& at, int64_t tokens, int64_t cols) {
   return in;
 }
 
-void reserve(Model& m, int64_t tokens, int64_t max_rank) {
+void reserve(Model& m, int64_t tokens, int64_t max_rank, int64_t max_k) {
   Scratch& s = m.s;
   const auto begin = [&](int64_t rows) { s.normed.rows = s.attended.rows = s.gated.rows = rows; };
   begin(tokens);
-  if (tokens <= s.tokens && max_rank <= s.max_rank) return;
+  if (tokens <= s.tokens && max_rank <= s.max_rank && max_k <= s.max_k) return;
   const int64_t rows = tokens;
   tokens = std::max(up(tokens, 16), s.tokens);
   max_rank = std::max(up(max_rank, 8), s.max_rank);
+  max_k = std::max(max_k, s.max_k);
   auto lay_out = [&](uint8_t* at) {
     s.normed = take_input(at, tokens, m.c.width);
     s.attended = take_input(at, tokens, m.attention_width());
@@ -153,7 +154,7 @@ void reserve(Model& m, int64_t tokens, int64_t max_rank) {
     s.qkv = take<float>(at, tokens * m.qkv_width());
     s.mixed = take<float>(at, tokens * m.attention_width());
     s.inner = take<float>(at, tokens * m.c.ffn);
-    s.shrunk = take<float>(at, tokens * 3 * MAX_K * max_rank);
+    s.shrunk = take<float>(at, tokens * 3 * max_k * max_rank);
     s.pairs = take<Pairs>(at, tokens);
     return at;
   };
@@ -163,6 +164,7 @@ void reserve(Model& m, int64_t tokens, int64_t max_rank) {
   lay_out(s.pages->data);
   s.tokens = tokens;
   s.max_rank = max_rank;
+  s.max_k = max_k;
   begin(rows);
 }
 
@@ -176,7 +178,7 @@ struct Step {
   Pairs* record;  // [L, tokens] or null: the experts that each token used
   bool alone;     // no two tokens of the same slot
 
-  float* shrunk(int64_t t, int which) const { return m.s.shrunk + (t * 3 + which) * MAX_K * m.s.max_rank; }
+  float* shrunk(int64_t t, int which) const { return m.s.shrunk + (t * 3 + which) * m.s.max_k * m.s.max_rank; }
 
   // Whether experts come from memory for every token; with many tokens the caches hold them anyway.
   bool few() const { return tokens <= 4 * TILE; }
@@ -193,7 +195,7 @@ struct Step {
   // Route token t by its normed input x and shrink it for up to three targets.
   void choose(int64_t index, int64_t t, int rank, const float* x, std::initializer_list<Target> targets) const {
     if (const MixtureLayer* layer = experts(index, t)) {
-      route(stage->rows[rows[t]], *layer, x, m.c.width, &m.s.pairs[t]);
+      route(*layer, x, m.c.width, &m.s.pairs[t]);
       reduce(index, t, rank, x, m.c.width, targets);
     }
   }
@@ -257,7 +259,7 @@ struct Step {
     for (int64_t t = begin; t < end; ++t) {
       const MixtureLayer* layer = experts(index, t);
       if (!layer) continue;
-      const bool fixed = layer->count <= stage->rows[rows[t]].top_k;
+      const bool fixed = layer->all != 0;
       if (known != BOTH && (known == FIXED) != fixed) continue;
       const Pairs& pairs = m.s.pairs[t];
       for (int64_t p = 0; p < (fixed ? layer->count : pairs.count); ++p) {
@@ -306,11 +308,11 @@ struct Step {
   template <class Done>
   void product(Share& share, int rank, const Matrix& matrix, const Input& in, int64_t border, int parts, Done&& done) const {
     const int64_t blocks = matrix.blocks / parts, per_border = std::max<int64_t>(1, border / LANES);
-    const int64_t items = up(blocks, RUN) / RUN, tiles = up(tokens, TILE) / TILE;
+    const int64_t run = stage ? RUN : 2, items = up(blocks, run) / run, tiles = up(tokens, TILE) / TILE;
     Upcoming& upcoming = m.desks[rank].upcoming;
     upcoming.spread(items / m.team.size() * tiles * parts * up(matrix.groups, GROUPS) / GROUPS);
     share.each(items, rank, [&](int64_t item) {
-      const int64_t first = item * RUN, last = std::min(first + RUN, blocks);
+      const int64_t first = item * run, last = std::min(first + run, blocks);
       const auto pieces = [&](auto&& each) {
         for (int64_t block = first, end; block < last; block = end) {
           end = std::min(last, (block / per_border + 1) * per_border);
@@ -568,7 +570,7 @@ int gr_layers(void* handle, float* hidden, int64_t tokens, int64_t begin, int64_
               const int32_t* slots, const Stage* stage, const int32_t* rows, int alone, Pairs* record) {
   Model& m = *static_cast<Model*>(handle);
   try {
-    reserve(m, tokens, stage ? stage->max_rank : 0);
+    reserve(m, tokens, stage ? stage->max_rank : 0, stage ? stage->max_k : 0);
   } catch (const std::bad_alloc&) {
     return 1;
   }
@@ -590,7 +592,7 @@ void gr_phases(void* handle, double* seconds) {
 int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) {
   Model& m = *static_cast<Model*>(handle);
   try {
-    reserve(m, tokens, 0);
+    reserve(m, tokens, 0, 0);
   } catch (const std::bad_alloc&) {
     return 1;
   }
@@ -618,7 +620,7 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
 int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t tokens, float* y) {
   Model& m = *static_cast<Model*>(handle);
   try {
-    reserve(m, tokens, 0);
+    reserve(m, tokens, 0, 0);
   } catch (const std::bad_alloc&) {
     return 1;
   }
