@@ -239,7 +239,7 @@ inline void expand(const Update& update, const float* const inner[], int64_t o, 
 template <class W, int L>
 inline void expand(const Update& update, const float* const inner[], int64_t o, int64_t outputs, float* y, int64_t apart,
                    int count) {
-  if (count == 2) return expand<W, L, 2>(update, inner, o, outputs, y, apart);
+  if (count == 4) return expand<W, L, 4>(update, inner, o, outputs, y, apart);
   for (int i = 0; i < count; ++i) expand<W, L, 1>(update, inner, o + i * LANES, outputs, y + i * apart, apart);
 }
 
