@@ -70,7 +70,7 @@ def test_groups_that_a_request_shifts_or_masks_are_obeyed(
 ) -> None:
     publish(workshop, GROUPINGS["of the input"])
     engine = make_engine(workshop, model_class=native_class("float32"))
-    got = logits(workshop, ask(engine, PROMPTS[0], task="blue", max_tokens=4, **wish))
+    got = logits(workshop, ask(engine, PROMPTS[0], task="blue", max_tokens=4, **wish))  # type: ignore[arg-type]
     expected = workshop.reference(PROMPTS[0], "blue", 4, **wish)  # type: ignore[arg-type]
     torch.testing.assert_close(got, expected, **TOLERANCE)
 
@@ -87,7 +87,7 @@ def test_routers_of_all_kinds_answer_alike_alone_and_in_a_batch(
     choices.append({"task_weights": {"red": 0.4, "blue": 0.6}})
 
     def begin(prompt: str, wish: dict[str, object]) -> Answer:
-        return ask(engine, prompt, max_tokens=5, **wish)
+        return ask(engine, prompt, max_tokens=5, **wish)  # type: ignore[arg-type]
 
     wishes = [(prompt, wish) for prompt in PROMPTS for wish in choices]
     alone = [logits(workshop, begin(*wish)) for wish in wishes]
