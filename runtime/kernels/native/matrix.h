@@ -293,6 +293,39 @@ __attribute__((noinline)) void multiply(const Matrix& m, int64_t block, int64_t 
     for (int b = 0; b < M; ++b)
       for (int i = 0; i < N; ++i) store(out[b][i], _mm512_setzero_ps());
   }
+  const auto add = [&](const __m512i (&sum)[M][N], int64_t g, int half) {
+    for (int b = 0; b < M; ++b) {
+      const uint16_t* from = scales + (b * m.groups * parts + g * parts + half) * LANES;
+      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      for (int i = 0; i < N; ++i) {
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in_scales[i]));
+        store(out[b][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][i]), both, load(out[b][i])));
+      }
+    }
+  };
+  if (N <= 2 && m.kind == INT4) {  // few sums: both halves of a group at once, so that a line is loaded once
+    for (int64_t g = begin; g < end; ++g, shift += 2 * N, in_scales += N, x += 8 * N) {
+      __m512i low[M][N], high[M][N];
+      for (int b = 0; b < M; ++b)
+        for (int i = 0; i < N; ++i) low[b][i] = _mm512_set1_epi32(shift[i]), high[b][i] = _mm512_set1_epi32(shift[N + i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j, x += N, w += 64 * M) {
+        fetch_ahead();
+        for (int b = 0; b < M; ++b) {
+          const __m512i codes = _mm512_load_si512(w + b * 64), four_bits = _mm512_set1_epi8(15);
+          const __m512i first = _mm512_and_si512(codes, four_bits);
+          const __m512i second = _mm512_and_si512(_mm512_srli_epi16(codes, 4), four_bits);
+          for (int i = 0; i < N; ++i) {
+            dot_codes(low[b][i], first, broadcast(x + i));
+            dot_codes(high[b][i], second, broadcast(x + 8 * N + i));
+          }
+        }
+      }
+      add(low, g, 0);
+      add(high, g, 1);
+    }
+    return;
+  }
   for (int64_t g = begin; g < end; ++g, shift += 2 * N, in_scales += N) {
     for (int half = 0; half < parts; ++half) {
       __m512i sum[M][N];
