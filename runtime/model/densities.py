@@ -51,8 +51,11 @@ class Densities:
         return self._made is not None
 
     def read_ahead(self) -> None:
-        """Begin to read on a thread of its own, so that the first who locates waits less."""
-        Thread(target=self.locators, name="densities", daemon=True).start()
+        """Begin to read on a thread of its own, so that the first who locates waits less.
+
+        The process does not end before it: a thread that is cut off inside torch takes the exit status with it.
+        """
+        Thread(target=self.locators, name="densities").start()
 
     def locators(self) -> tuple[Locator, Locator]:
         """The one that decides and the one that guesses on arrival; the first call reads two blobs per task."""
