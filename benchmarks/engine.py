@@ -248,7 +248,8 @@ def main() -> None:
     child.close()
     result = {
         "machine": {"cpu": cpu, "threads": options.threads, "python": platform.python_version()},
-        "command": "python benchmarks/engine.py" + (" --peers FOLDER" if options.peers else ""),
+        "command": "python benchmarks/engine.py"
+        + (" --peers FOLDER" if any(row["system"] != "greenroom" for row in rows) else ""),
         "seconds": round(time.perf_counter() - started),
         "bandwidth_gb_s": limits["bandwidth_gb_s"],
         "limits": limits,

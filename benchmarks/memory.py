@@ -297,7 +297,7 @@ def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) ->
         bench.serve(repertoire, prefetch=True, **options) as on,  # type: ignore[arg-type]
         bench.serve(repertoire, prefetch=False, **options) as off,  # type: ignore[arg-type]
     ):
-        for repeat in range(2 * repeats):
+        for repeat in range(6 * repeats):  # the worst hundredth needs many
             tasks = random.Random(repeat).choices(range(num_tasks), k=50)
             for prefetch, served in ((True, on), (False, off)):
                 flying: list[tuple[int, Asked]] = []
