@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -20,7 +22,7 @@ from runtime.model.density import (
     views,
 )
 from runtime.model.locator import Locator, project
-from runtime.model.manifest import Density, LocatorEntry, Score
+from runtime.model.manifest import Density, LocatorEntry, LocatorRef, Score
 from training.locator import low_rank_gaussian, make_background, make_frame
 
 WIDTH = 300
@@ -251,3 +253,11 @@ def test_a_frame_of_any_width_can_be_saved(density: Density, width: int) -> None
         "deviation": (width,),
         "projection": (width, PROJECTED),
     }
+
+
+def test_errors_of_a_vae_are_no_likelihoods_so_a_manifest_takes_no_background_with_them() -> None:
+    given: dict[str, Any] = {"frame": "ab" * 32, "feature": "residual_mean", "layer": 2, "score": "raw"}
+    taken = LocatorRef(**given, density="low_rank", background="cd" * 32)
+    assert taken.blob_digests() == {"ab" * 32, "cd" * 32}
+    with pytest.raises(ValueError, match="background: errors of a vae"):
+        LocatorRef(**given, density="vae", background="cd" * 32)

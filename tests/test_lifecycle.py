@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import signal
@@ -12,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from children import DiesAt, Gate, child
 from repertoires import Workshop
+from safetensors.torch import save
 
 from runtime.errors import (
     BlobMissingError,
@@ -27,6 +30,7 @@ from runtime.errors import (
 )
 from runtime.model.audit import audit
 from runtime.model.collect import collect
+from runtime.model.density import background_shapes
 from runtime.model.difference import compare
 from runtime.model.durable import write_durably
 from runtime.model.generation import open_generation
@@ -105,6 +109,20 @@ def test_collection_keeps_the_newest_and_all_that_they_need(three_tasks: Worksho
     assert audit(repertoire, [4]).faults == ()
     with pytest.raises(NotARepertoireError, match="generation 3 was collected"):
         repertoire.manifest(3)
+
+
+def test_an_audit_reads_the_background_too(three_tasks: Workshop) -> None:
+    repertoire = three_tasks.repertoire
+    before = repertoire.manifest(3)
+    data = save({name: torch.ones(shape) for name, shape in background_shapes().items()})
+    digest = hashlib.sha256(data).hexdigest()
+    against = before.locator.model_copy(update={"density": "gaussian", "background": digest})
+    manifest = before.model_copy(update={"generation": 4, "parent": 3, "locator": against})
+    repertoire.publish(manifest, {digest: data}, expected=3)
+    assert [fault for fault in audit(repertoire, [4]).faults if fault.where == "locator background"] == []
+    repertoire.blob_path(digest).write_bytes(data[:-1] + b"!")
+    faults = [fault.error for fault in audit(repertoire, [4]).faults if fault.where == "locator background"]
+    assert [type(error) for error in faults] == [DigestMismatchError]
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(three_tasks: Workshop) -> None:
