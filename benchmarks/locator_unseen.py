@@ -168,7 +168,7 @@ def main() -> None:
             rows.append(made)
             print(json.dumps(made), flush=True)
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *("PATH" if word == str(chosen.data) else word for word in sys.argv)]),
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
         "load": os.getloadavg()[0],
