@@ -15,6 +15,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from runtime.service.http_exchange import event_bytes
+
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 _CARRIED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
@@ -94,5 +96,4 @@ class Relayed(Response):
             async for message in self._others:
                 await send(message)
         except Exception as error:  # noqa: BLE001 - whatever it was, the client is told in the only way left
-            event = f"data: {json.dumps(self._lost(error))}\n\n".encode()
-            await send({"type": "http.response.body", "body": event})
+            await send({"type": "http.response.body", "body": event_bytes(json.dumps(self._lost(error)))})

@@ -106,11 +106,11 @@ class Exchange:
         if not self.begun:
             self.begun = True
             await self._send(self._start(200, "text/event-stream", {"cache-control": "no-store"}))
-        await self._send({"type": "http.response.body", "body": _event(data), "more_body": True})
+        await self._send({"type": "http.response.body", "body": event_bytes(data), "more_body": True})
 
     def last_event(self, data: str) -> None:
         """End the stream with this event."""
-        self._last = [{"type": "http.response.body", "body": _event(data)}]
+        self._last = [{"type": "http.response.body", "body": event_bytes(data)}]
 
     async def flush(self) -> None:
         """Send the last bytes."""
@@ -127,5 +127,6 @@ class Exchange:
             pass
 
 
-def _event(data: str) -> bytes:
+def event_bytes(data: str) -> bytes:
+    """A server-sent event."""
     return f"data: {data}\n\n".encode()

@@ -360,14 +360,7 @@ __attribute__((noinline)) void multiply(const Matrix& m, int64_t block, int64_t 
           }
         }
       }
-      for (int b = 0; b < M; ++b) {
-        const uint16_t* from = scales + (b * m.groups * parts + g * parts + half) * LANES;
-        const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-        for (int i = 0; i < N; ++i) {
-          const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in_scales[i]));
-          store(out[b][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][i]), both, load(out[b][i])));
-        }
-      }
+      add(sum, g, half);
     }
   }
 }
