@@ -57,6 +57,12 @@ def test_the_most_used_old_expert_is_the_oldest_of_equals_and_never_the_probe() 
     assert LayerUse((), (1.0,)).most_used is None
 
 
+def test_an_alpha_below_zero_expands_fewer_layers() -> None:
+    measured = uses(0.2, 0.5, 0.7, 0.9)
+    assert Paper("layers", 0.0).expand(measured) == {12, 13}
+    assert Paper("layers", -0.5).expand(measured) == {13}
+
+
 def test_a_configuration_names_its_policy() -> None:
     assert expansion_policy(TrainingConfig()) == Everywhere()
     paper = TrainingConfig(expansion="paper", expansion_axis="experts", expansion_alpha=0.25)
@@ -69,7 +75,7 @@ def test_a_configuration_names_its_policy() -> None:
     [
         ("expansion", "sometimes"),
         ("expansion_axis", "tokens"),
-        ("expansion_alpha", -1.0),
+        ("expansion_alpha", float("inf")),
         ("expansion_tolerance", float("nan")),
         ("probe_share", 0.0),
         ("probe_steps", 0),

@@ -54,7 +54,7 @@ class TrainingConfig:
         expansion: which layers of a task after the first get an expert: every one, or those that probing asks for; see
             `training.expansion`.
         expansion_axis: of "paper": what mean and deviation run over.
-        expansion_alpha: of "paper": a layer is expanded above mean - alpha * deviation.
+        expansion_alpha: of "paper": a layer is expanded above mean - alpha * deviation; below 0: fewer (ours).
         expansion_tolerance: of "calibrated": nats per answer token that masking a layer's probe may cost.
         probe_share: share of the examples that probing uses, half to train the probes and half to measure them (10 %:
             paper, the halves: ours).
@@ -143,9 +143,10 @@ class TrainingConfig:
         if self.max_steps is not None:
             _check_whole("max_steps", self.max_steps, 1)
         for field in ("alpha", "learning_rate", "router_learning_rate", "gradient_clip", "locator_learning_rate"):
-            _check_real(field, getattr(self, field), above_zero=True)
-        for field in ("weight_decay", "balance_coefficient", "locator_beta", "expansion_alpha", "expansion_tolerance"):
-            _check_real(field, getattr(self, field), above_zero=False)
+            _check_real(field, getattr(self, field), "above 0")
+        for field in ("weight_decay", "balance_coefficient", "locator_beta", "expansion_tolerance"):
+            _check_real(field, getattr(self, field), "0 or more")
+        _check_real("expansion_alpha", self.expansion_alpha)
         _check_share("warmup_share", self.warmup_share, zero=True)
         _check_share("locator_held_out", self.locator_held_out, zero=False)
         _check_share("locator_false_abstain", self.locator_false_abstain, zero=True)
@@ -175,10 +176,10 @@ def _check_whole(field: str, value: object, least: int) -> None:
         raise InvalidInputError(field, value, f"must be a whole number, {least} or more")
 
 
-def _check_real(field: str, value: object, *, above_zero: bool) -> None:
+def _check_real(field: str, value: object, least: Literal["above 0", "0 or more"] | None = None) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value < 0 or (above_zero and value == 0):  # type: ignore[operator]
-        raise InvalidInputError(field, value, f"must be a finite number, {'above 0' if above_zero else '0 or more'}")
+    if not fits or (least and value < 0) or (least == "above 0" and value == 0):  # type: ignore[operator]
+        raise InvalidInputError(field, value, "must be a finite number" + (f", {least}" if least else ""))
 
 
 def _check_share(field: str, value: object, *, zero: bool) -> None:

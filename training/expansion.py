@@ -62,7 +62,7 @@ class Paper:
     Args:
         axis: "layers": mean and deviation over the probe's frequency in all layers; "experts": over the frequencies of
             all experts of layer l, probe included. The paper can be read both ways.
-        alpha: 0 or more.
+        alpha: finite; below 0 (ours) the threshold lies above the mean, and fewer layers are expanded.
     """
 
     axis: ExpansionAxis
