@@ -78,7 +78,8 @@ class Relayed(Response):
     Args:
         first: the first message, already here.
         others: those after it.
-        lost: makes an error's object of what ends `others` early; it becomes the last event of a stream.
+        lost: makes an error's object of what ends `others` early; it becomes the last event of a stream of events. Any
+            other body ends as it is, and the connection with it, so that nobody takes it for whole.
     """
 
     def __init__(
@@ -95,5 +96,12 @@ class Relayed(Response):
         try:
             async for message in self._others:
                 await send(message)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the client is told in the only way left
+        except Exception as error:
+            if not _is_event_stream(self._first):
+                raise
             await send({"type": "http.response.body", "body": event_bytes(json.dumps(self._lost(error)))})
+
+
+def _is_event_stream(start: Message) -> bool:
+    kinds = (value for name, value in start.get("headers", ()) if name.lower() == b"content-type")
+    return any(kind.startswith(b"text/event-stream") for kind in kinds)
