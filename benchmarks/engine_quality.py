@@ -68,7 +68,7 @@ class Asker:
         """Tokens, and by how much each was ahead of the next best; end tokens are banned, as in `ask_transformers`."""
         tokens: list[int] = []
         leads: list[float] = []
-        logits = self._run(prompt, 0)[-1]
+        logits = self._run(prompt, 0)[-1].clone()  # an inference tensor takes no ban
         while True:
             logits[list(banned)] = -torch.inf
             best = logits.topk(2)
@@ -76,7 +76,7 @@ class Asker:
             leads.append(float(best.values[0] - best.values[1]))
             if len(tokens) == NEW_TOKENS:
                 return tokens, leads
-            logits = self._run(tokens[-1:], len(prompt) + len(tokens) - 1)[-1]
+            logits = self._run(tokens[-1:], len(prompt) + len(tokens) - 1)[-1].clone()
 
     def loss(self, prompt: list[int], answer: list[int]) -> float:
         """Nats per token of an answer."""

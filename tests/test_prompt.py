@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel, load_base
 from runtime.model.prompt import PromptTemplate, default_template
+from runtime.model.tokenizer_copy import copied
 from training.demo_data import DEMO_TASKS, demo_examples
 from training.reference_prompts import reference_prompts
 
@@ -129,6 +130,19 @@ def test_truncation_and_padding_that_a_tokenizer_was_saved_with_do_not_apply(
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=64)
     assert PromptTemplate.parse(CHATML_USER).encode(tokenizer, "a long text") == expected
+
+
+def test_copies_of_a_tokenizer_share_its_vocabulary_and_not_its_settings(tokenizer: PreTrainedTokenizerFast) -> None:
+    source, text = tokenizer.backend_tokenizer, "one <|im_end|> two"
+    expected = source.encode(text).ids
+    source.enable_truncation(2)
+    source.enable_padding(length=9)
+    first, second = copied(source), copied(source)
+    first.encode_special_tokens = True
+    assert second.encode(text).ids == expected
+    assert IM_END in expected
+    assert IM_END not in first.encode(text).ids
+    assert (source.truncation is not None, source.padding is not None) == (True, True)
 
 
 def test_threads_with_raw_and_wrapped_prompts_do_not_disturb_each_other(tokenizer: PreTrainedTokenizerFast) -> None:

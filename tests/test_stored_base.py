@@ -202,6 +202,15 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path, damage: str) -> 
         TensorFiles(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_tensor_are_read_without_the_others(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = torch.randn(3000, 700)  # more than is read at once
+    save_file({"other": torch.ones(3), "weight": weight}, tmp_path / "model.safetensors")
+    files = TensorFiles(tmp_path)
+    for rows in (range(3000), range(1, 1), range(2), range(1700, 3000), range(2999, 3000)):
+        assert torch.equal(files.read("weight", dtype, rows), weight[rows.start : rows.stop].to(dtype))
+
+
 def test_mapped_rows_are_those_of_the_file_even_after_it_was_replaced(tmp_path: Path) -> None:
     weight = torch.randn(3000, 7)
     save_file({"other": torch.ones(3), "weight": weight}, tmp_path / "model.safetensors")

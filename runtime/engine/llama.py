@@ -98,7 +98,7 @@ class LlamaModel:
         check_supported(config, max_context)
         self.max_context = max_context
         self.embedding = source.embedding()
-        self.head: Linear = keep("head", 0, source.head())
+        self.head: Linear = self._keep_head(source, keep)
         self.dtype, self.kv_dtype = dtype or source.dtype, source.dtype
         self._weight_dtype, self.device = source.dtype, source.device
         self.final_norm = _taken(source, FINAL_NORM).to(self.dtype)
@@ -116,6 +116,9 @@ class LlamaModel:
         for index in range(int(config.num_hidden_layers)):  # one at a time: the weights are never held twice as a whole
             self.layers.append(_fuse(source, index, keep, self.dtype))
             source.end_layer(index)
+
+    def _keep_head(self, source: LlamaSource, keep: Keep) -> Linear:
+        return keep("head", 0, source.head())
 
     def kv_shape(self) -> KVShape:
         """Sizes of the KV cache that this model needs."""

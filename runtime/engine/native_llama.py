@@ -17,7 +17,7 @@ import transformers
 from runtime.engine.attention import AttentionPlan
 from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache
-from runtime.engine.linears import Linear
+from runtime.engine.linears import Keep, Linear
 from runtime.engine.llama import LlamaModel, MixtureRows, check_supported
 from runtime.engine.stage import FetchExpert, Stage
 from runtime.engine.staged_router import StagedColumn
@@ -28,6 +28,8 @@ from runtime.kernels.step_kinds import WeightKind
 from runtime.model.expert import Expert
 from runtime.model.llama_source import LlamaSource
 from runtime.model.mixture import Mixture, Router, RouterPart
+
+_HEAD_ROWS = 2048  # read and packed at once: a whole vocabulary is large beside a layer
 
 
 class NativeLlama(LlamaModel):
@@ -91,6 +93,13 @@ class NativeLlama(LlamaModel):
     def _keep(self, name: str, layer: int, weight: torch.Tensor) -> Linear:
         self.step.set(name, layer, weight)
         return partial(self.step.linear, name, layer)
+
+    def _keep_head(self, source: LlamaSource, keep: Keep) -> Linear:  # noqa: ARG002 - it is packed in pieces
+        rows = self.step.shape.vocabulary
+        for begin in range(0, rows, _HEAD_ROWS):
+            piece = range(begin, min(rows, begin + _HEAD_ROWS))
+            self.step.set("head", 0, source.head(piece), place=(begin, rows))
+        return partial(self.step.linear, "head", 0)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `LlamaModel.logits`."""

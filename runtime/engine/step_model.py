@@ -20,7 +20,7 @@ from runtime.engine.mixture_launcher import mixture_launcher
 from runtime.engine.native_llama import NativeLlama, check_runs_on
 from runtime.engine.step_protocol import StepModel
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
-from runtime.kernels.freed_memory import give_back
+from runtime.kernels.freed_memory import give_back, given_back_at_once
 from runtime.kernels.native_build import build
 from runtime.kernels.step_kinds import StepKind, WeightKind
 from runtime.kernels.triton_mixture import Launcher
@@ -80,15 +80,16 @@ def load_step_model(
     if model is None:
         model = base.load(dtype=load_dtype(weights), device=device).model
         max_context = min(max_context, model.config.max_position_embeddings)
-    made = make_step_model(
-        model,
-        max_context=max_context,
-        weights=weights,
-        step=step,
-        folder=folder,
-        threads=threads,
-        launch=mixture_launcher(device, kernels),
-    )
+    with given_back_at_once():
+        made = make_step_model(
+            model,
+            max_context=max_context,
+            weights=weights,
+            step=step,
+            folder=folder,
+            threads=threads,
+            launch=mixture_launcher(device, kernels),
+        )
     del model
     give_back()
     return made

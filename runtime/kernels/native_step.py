@@ -25,7 +25,6 @@ PHASES = (
     *("norm, route, shrink for gate up", "gate up", "shrink for down", "down"),
 )
 """What the native step does in a layer, in this order; products include the expands of their experts."""
-_ROWS_AT_ONCE = 4096
 _MATRICES = ("qkv", "out", "gate_up", "down", "head")
 _VECTORS = ("attention_norm", "ffn_norm", "final_norm", "cos", "sin", "qkv_bias", "q_norm", "k_norm")
 
@@ -86,18 +85,23 @@ class NativeStep:
             self._library.gr_destroy(self._handle)
             self._handle = ctypes.c_void_p()
 
-    def set(self, name: str, layer: int, weight: torch.Tensor) -> None:
-        """Take over a copy of one weight: a matrix [rows, cols] of `qkv, out, gate_up, down, head`, or a vector."""
+    def set(self, name: str, layer: int, weight: torch.Tensor, *, place: tuple[int, int] | None = None) -> None:
+        """Take over a copy of one weight: a matrix [rows, cols] of `qkv, out, gate_up, down, head`, or a vector.
+
+        Args:
+            name: which.
+            layer: of which layer.
+            weight: all of it; or, where `place` is (first row, rows in all), some of its rows.
+            place: rows of a matrix come in ascending pieces, each but the last a multiple of 64.
+        """
         rows, cols = weight.shape if weight.dim() == 2 else (1, weight.shape[0])
+        first, whole_rows = place or (0, rows)
         which = _MATRICES.index(name) if name in _MATRICES else len(_MATRICES) + _VECTORS.index(name)
-        at_once = _ROWS_AT_ONCE if name == "head" else rows  # a vocabulary in float32 would be a copy of some size
-        for first in range(0, rows, at_once):
-            part = weight.detach()[first : first + at_once] if at_once < rows else weight.detach()
-            part = part.to(torch.float32).contiguous()
-            whole = (ctypes.c_int64(rows), ctypes.c_int64(cols), self._kinds.get(name, 0))
-            piece = (ctypes.c_int64(first), ctypes.c_int64(min(at_once, rows - first)))
-            handle = (self._handle, which, ctypes.c_int64(layer))
-            self._check(self._library.gr_set(*handle, _pointer(part), *whole, *piece))
+        part = weight.detach().to(torch.float32).contiguous()
+        whole = (ctypes.c_int64(whole_rows), ctypes.c_int64(cols), self._kinds.get(name, 0))
+        handle = (self._handle, which, ctypes.c_int64(layer))
+        piece = (ctypes.c_int64(first), ctypes.c_int64(rows))
+        self._check(self._library.gr_set(*handle, _pointer(part), *whole, *piece))
 
     def set_cache(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Use [L, slots, kv heads, context, head width] float32 or bfloat16 tensors as the KV cache."""

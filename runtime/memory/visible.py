@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from runtime.errors import RankLimitError, UnboundExpertError
+from runtime.memory.kept_dtype import in_dtype, kept_bytes, kept_dtype
 from runtime.memory.keys import ROUTERS, routers_name
 from runtime.memory.wanted import VisibleSet, Wanted
-from runtime.model.expert import Expert, LowRank, unit_tensors
+from runtime.model.expert import DTYPES, Expert, LowRank, unit_tensors
 from runtime.model.generation import Generation
 from runtime.model.manifest import BaseRef, ExpertSet, Unit
 from runtime.model.mixture import Mixture
@@ -33,11 +34,13 @@ class VisibleSets:
     Args:
         repertoire: where it is read from.
         max_rank: an expert of a higher rank is refused; memory and time of a step follow the ranks.
+        dtype: that experts are kept in; None leaves them as they are stored.
     """
 
-    def __init__(self, repertoire: Repertoire, *, max_rank: int) -> None:
+    def __init__(self, repertoire: Repertoire, *, max_rank: int, dtype: torch.dtype | None = None) -> None:
         self._repertoire = repertoire
         self._max_rank = max_rank
+        self._dtype = dtype
         self._lock = Lock()
         self._kept: OrderedDict[tuple[int, str], VisibleSet] = OrderedDict()
 
@@ -99,9 +102,8 @@ class VisibleSets:
             source = sources[entry.digest]
             read = partial(self._read_expert, source, unit)
             key = (entry.digest, unit.layer)
-            made = Wanted(
-                key=key, task=entry.task, num_bytes=unit.bytes, rows=tuple(rows), read=read, fetch=source.fetch
-            )
+            size = kept_bytes(entry, unit, self._dtype)
+            made = Wanted(key=key, task=entry.task, num_bytes=size, rows=tuple(rows), read=read, fetch=source.fetch)
             wanted.append(made)
         return VisibleSet(task=task, routers=routers, wanted=tuple(wanted))
 
@@ -114,7 +116,8 @@ class VisibleSets:
             raise RankLimitError(
                 f"expert set {digest}: layer {unit.layer} has rank {highest}, this engine takes {self._max_rank}"
             )
-        return row_major(source.read(unit, data))
+        expert, dtype = source.read(unit, data), kept_dtype(source.entry, self._dtype)
+        return row_major(expert) if dtype == DTYPES[source.entry.dtype] else in_dtype(expert, dtype)
 
 
 class _Source:

@@ -53,8 +53,8 @@ class LlamaSource(Protocol):
     def embedding(self) -> torch.Tensor:
         """[V, D]; of another dtype where that is what is stored."""
 
-    def head(self) -> torch.Tensor:
-        """[V, D]."""
+    def head(self, rows: range | None = None) -> torch.Tensor:
+        """[V, D], or adjacent rows of it: in float32 a vocabulary may be most of a small model."""
 
     def take(self, name: str) -> torch.Tensor | None:
         """A weight by its name in `transformers`, as `model.layers.0.mlp.up_proj.weight`; None where it has none."""
@@ -80,10 +80,10 @@ class ModuleSource:
         found: torch.Tensor = self._model.model.embed_tokens.weight.detach()
         return found
 
-    def head(self) -> torch.Tensor:
+    def head(self, rows: range | None = None) -> torch.Tensor:
         """See `LlamaSource`."""
         found: torch.Tensor = self._model.lm_head.weight.detach()
-        return found
+        return found if rows is None else found[rows.start : rows.stop]
 
     def take(self, name: str) -> torch.Tensor | None:
         """See `LlamaSource`."""
@@ -141,9 +141,9 @@ class StoredLlama:
             return self._files.mapped(EMBEDDING)
         return self._files.read(EMBEDDING, self.dtype).to(self.device)
 
-    def head(self) -> torch.Tensor:
+    def head(self, rows: range | None = None) -> torch.Tensor:
         """See `LlamaSource`."""
-        return self._read(EMBEDDING if self.config.tie_word_embeddings else HEAD)
+        return self._read(EMBEDDING if self.config.tie_word_embeddings else HEAD, rows)
 
     def take(self, name: str) -> torch.Tensor | None:
         """See `LlamaSource`."""
@@ -162,8 +162,8 @@ class StoredLlama:
     def end_layer(self, index: int) -> None:
         """See `LlamaSource`."""
 
-    def _read(self, name: str) -> torch.Tensor:
-        return self._files.read(name, self.dtype).to(self.device)
+    def _read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        return self._files.read(name, self.dtype, rows).to(self.device)
 
 
 def _theta(config: Mapping[str, Any]) -> float | None:

@@ -17,6 +17,7 @@ import transformers
 
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
+from runtime.model.tokenizer_copy import copied
 
 SLOT = "{input}"
 _CHATML = ("<|im_start|>", "<|im_end|>")
@@ -109,13 +110,10 @@ class PromptTemplate:
     def _copies(self, tokenizer: transformers.PreTrainedTokenizerFast) -> _Prepared:
         # `transformers` switches special tokens on and off, and truncation too, inside one shared object; with several
         # threads one prompt would be read with the other's setting. So: two copies, each with its setting for good.
-        serialised = tokenizer.backend_tokenizer.to_str()
         copies = []
         for as_plain_text in (False, True):
-            copy = tokenizers.Tokenizer.from_str(serialised)
+            copy = copied(tokenizer.backend_tokenizer)
             copy.encode_special_tokens = as_plain_text
-            copy.no_truncation()
-            copy.no_padding()
             copies.append(copy)
         parsing, plain = copies
         return _Prepared(tuple(_ids(parsing, self.prefix)), tuple(_ids(parsing, self.suffix)), parsing, plain)

@@ -1,6 +1,6 @@
 """The tensors of a folder's safetensors files, read one at a time.
 
-It knows nothing of models.
+It knows nothing of models, and reads for one thread at a time.
 Read first: `read` copies one tensor from the file into memory of its own, so nothing but what is asked for is ever
 resident; `mapped` gives a tensor whose rows come from the file when they are first looked at.
 """
@@ -25,7 +25,7 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # as safetensors itself has it
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         self._places: dict[str, _Place] = {}
+        self._scratch: torch.Tensor | None = None
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 self._places |= _places(path)
@@ -60,20 +61,28 @@ class TensorFiles:
         place = self._places.get(name)
         return None if place is None else place.shape
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A copy of one tensor in `dtype`; other than the result, at most some megabytes are held meanwhile."""
+    def read(self, name: str, dtype: torch.dtype, rows: range | None = None) -> torch.Tensor:
+        """A copy of one tensor in `dtype`, or of adjacent rows of it; beside it, some megabytes are held meanwhile."""
         place = self._places[name]
-        count, size = math.prod(place.shape), place.dtype.itemsize
+        size, row = place.dtype.itemsize, math.prod(place.shape[1:])
+        shape = place.shape if rows is None else (len(rows), *place.shape[1:])
+        count = math.prod(shape)
         made = torch.empty(count, dtype=dtype)
         with place.path.open("rb", buffering=0) as stream:
-            stream.seek(place.begin)
+            stream.seek(place.begin + (rows.start * row * size if rows else 0))
             for begin in range(0, count, _PIECE_BYTES // size):
                 end = min(count, begin + _PIECE_BYTES // size)
-                part = made[begin:end] if dtype == place.dtype else torch.empty(end - begin, dtype=place.dtype)
+                part = made[begin:end] if dtype == place.dtype else self._room(end - begin, place.dtype)
                 _fill(stream, part, place.path)
                 if dtype != place.dtype:
                     made[begin:end] = part
-        return made.view(place.shape)
+        return made.view(shape)
+
+    def _room(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """The same memory every time, for what is read in one dtype and wanted in another."""
+        if self._scratch is None:
+            self._scratch = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+        return self._scratch[: count * dtype.itemsize].view(dtype)
 
     def mapped(self, name: str) -> torch.Tensor:
         """One tensor as it is stored, in pages that are read from the file when they are first looked at.
