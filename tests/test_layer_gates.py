@@ -15,7 +15,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel, MixtureRows
 from runtime.errors import DigestMismatchError
-from runtime.model.expert import Expert
+from runtime.model.expert import Expert, UnitForm
 from runtime.model.manifest import BaseRef, ExpertSet, Unit
 from runtime.model.repertoire import Repertoire
 
@@ -32,12 +32,20 @@ class GatedRepertoire(Repertoire):
         self.gate = threading.Event()
         self.bad = False
 
-    def read_unit(self, entry: ExpertSet, unit: Unit, base: BaseRef, *, data: bytearray | None = None) -> Expert:
+    def read_unit(
+        self,
+        entry: ExpertSet,
+        unit: Unit,
+        base: BaseRef,
+        *,
+        data: memoryview | None = None,
+        form: UnitForm | None = None,
+    ) -> Expert:
         if (entry.task, unit.layer) == self.slow:
             assert self.gate.wait(30)
             if self.bad:
                 raise DigestMismatchError("the slow one is bad")
-        return super().read_unit(entry, unit, base, data=data)
+        return super().read_unit(entry, unit, base, data=data, form=form)
 
 
 class RecordingModel(LlamaModel):

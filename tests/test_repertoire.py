@@ -29,7 +29,7 @@ from runtime.errors import (
 )
 from runtime.model.attach import fresh_expert
 from runtime.model.base import BaseModel
-from runtime.model.expert import DTYPES, pack_expert_set, parse_unit, unit_tensors
+from runtime.model.expert import DTYPES, UnitForm, pack_expert_set, unit_tensors
 from runtime.model.generation import base_ref, check_base, open_generation
 from runtime.model.manifest import ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
@@ -79,13 +79,55 @@ def test_one_expert_is_one_contiguous_read_and_comes_back_as_it_was(workshop: Wo
     entry = manifest.experts[0]
     for unit in entry.units:
         expert = workshop.repertoire.read_unit(entry, unit, manifest.base)
-        sizes = {name: shape[0] * shape[1] for name, shape in unit_tensors(unit.ranks, manifest.base).items()}
+        sizes = {
+            name: shape[0] * shape[1] for name, shape in unit_tensors(unit.ranks, manifest.base, entry.layout).items()
+        }
         assert unit.bytes == 4 * sum(sizes.values())
         packed, again = pack_expert_set({unit.layer: expert}, task="red", dtype="float32", base=manifest.base)
         assert again.units[0].sha256 == unit.sha256
         assert packed[again.units[0].offset :][: unit.bytes] == bytes(
             blob_path(workshop, entry.digest).read_bytes()[unit.offset :][: unit.bytes]
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_expert_is_the_same_whichever_way_its_b_lies_in_the_blob(
+    workshop: Workshop, tiny_base: BaseModel, dtype: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = base_ref(tiny_base.info)
+    expert = fresh_expert(2, rank=3, alpha=6.0, base=base, generator=generator)
+    for update in expert.updates.values():
+        update.b.normal_(generator=generator)
+    found = {}
+    for layout in ("plain", "rows"):
+        blob, entry = pack_expert_set({2: expert}, task="red", dtype=dtype, base=base, layout=layout)  # type: ignore[arg-type]
+        path = workshop.repertoire.blob_path(entry.digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(blob)
+        found[layout] = workshop.repertoire.read_unit(entry, entry.units[0], base)
+    for target, update in expert.updates.items():
+        for read in found.values():
+            assert torch.equal(read.updates[target].a, update.a.to(DTYPES[dtype]))
+            assert torch.equal(read.updates[target].b, update.b.to(DTYPES[dtype]))
+        assert found["plain"].updates[target].b.is_contiguous()
+        assert found["rows"].updates[target].b.t().is_contiguous(), "kernels read it where it lies"
+
+
+def test_a_blob_whose_b_lies_the_other_way_than_declared_is_rejected(workshop: Workshop) -> None:
+    manifest = workshop.publish("red", "aaaa")
+    entry = manifest.experts[0]
+    assert entry.layout == "rows"
+    wrong = entry.model_copy(update={"layout": "plain"})
+    with pytest.raises(TensorMismatchError, match=r"layer\.0002\.\w+\.b"):
+        Repertoire(workshop.repertoire.root).read_unit(wrong, wrong.units[0], manifest.base)
+
+
+def test_a_manifest_that_does_not_say_how_b_lies_means_the_old_way(published: Workshop) -> None:
+    manifest = json.loads(published.repertoire.manifest().to_json())
+    for entry in manifest["experts"]:
+        del entry["layout"]
+    assert [entry.layout for entry in Manifest.model_validate_json(json.dumps(manifest)).experts] == ["plain"]
 
 
 def test_a_manifest_reads_back_equal_and_names_only_what_is_there(published: Workshop) -> None:
@@ -159,11 +201,11 @@ def test_one_number_that_is_none_is_found_in_every_dtype_wherever_it_stands(
         update.a.fill_(torch.finfo(DTYPES[dtype]).max)  # the largest that is a number
     blob, entry = pack_expert_set({2: expert}, task="red", dtype=dtype, base=manifest.base)
     unit = entry.units[0]
-    data = bytearray(blob[unit.offset : unit.offset + unit.bytes])
-    assert parse_unit(data, unit, entry, manifest.base).updates["gate"].a.isfinite().all()
+    data = memoryview(bytearray(blob[unit.offset : unit.offset + unit.bytes]))
+    assert UnitForm(unit, entry, manifest.base).expert(data).updates["gate"].a.isfinite().all()
     torch.frombuffer(data, dtype=DTYPES[dtype])[-1] = value
     with pytest.raises(NonFiniteError, match="layer 2"):
-        parse_unit(data, unit, entry, manifest.base)
+        UnitForm(unit, entry, manifest.base).expert(data)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class GrowingContender:
         if locating:
             return sum(task.trained_parameters for task in manifest.tasks)
         ref = base_ref(self._base.info)
-        units = [unit_tensors(unit.ranks, ref) for entry in manifest.experts for unit in entry.units]
+        units = [unit_tensors(unit.ranks, ref, entry.layout) for entry in manifest.experts for unit in entry.units]
         routers = [router.weight for mixture in self._opened.mixtures.values() for router in mixture.routers.values()]
         experts = sum(rows * columns for shapes in units for rows, columns in shapes.values())
         return experts + sum(torch.numel(weight) for weight in routers)

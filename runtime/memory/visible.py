@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from runtime.errors import RankLimitError, UnboundExpertError
+from runtime.memory.buffers import Buffers
 from runtime.memory.kept_dtype import in_dtype, kept_bytes, kept_dtype
 from runtime.memory.keys import ROUTERS, routers_name
 from runtime.memory.wanted import VisibleSet, Wanted
-from runtime.model.expert import DTYPES, Expert, LowRank, unit_tensors
+from runtime.model.expert import DTYPES, Expert, LowRank, UnitForm, unit_tensors
 from runtime.model.generation import Generation
 from runtime.model.manifest import BaseRef, ExpertSet, Unit
 from runtime.model.mixture import Mixture
@@ -43,6 +44,7 @@ class VisibleSets:
         self._dtype = dtype
         self._lock = Lock()
         self._kept: OrderedDict[tuple[int, str], VisibleSet] = OrderedDict()
+        self._buffers = Buffers()
 
     def of(self, generation: Generation, task: str) -> VisibleSet:
         """What a sequence of this task can touch: its routers first, then experts by layer, the most used first.
@@ -96,9 +98,9 @@ class VisibleSets:
         num_bytes = generation.router_bytes(task)
         read_routers = partial(generation.read_mixture, task)
         wanted = [Wanted(key=routers, task=task, num_bytes=num_bytes, rows=(), read=read_routers)]
-        sources = {entry.digest: _Source(self._repertoire, entry, manifest.base) for entry, _ in units}
+        sources = {entry.digest: _Source(self._repertoire, entry, manifest.base, self._buffers) for entry, _ in units}
         for entry, unit in units:
-            rows = [_row(name, shape) for name, shape in unit_tensors(unit.ranks, manifest.base).items()]
+            rows = [_row(name, shape) for name, shape in unit_tensors(unit.ranks, manifest.base, entry.layout).items()]
             source = sources[entry.digest]
             read = partial(self._read_expert, source, unit)
             key = (entry.digest, unit.layer)
@@ -117,31 +119,42 @@ class VisibleSets:
                 f"expert set {digest}: layer {unit.layer} has rank {highest}, this engine takes {self._max_rank}"
             )
         expert, dtype = source.read(unit, data), kept_dtype(source.entry, self._dtype)
-        return row_major(expert) if dtype == DTYPES[source.entry.dtype] else in_dtype(expert, dtype)
+        if dtype != DTYPES[source.entry.dtype]:
+            return in_dtype(expert, dtype)
+        return row_major(expert) if source.entry.layout == "plain" else expert
 
 
 class _Source:
     """One expert set on disk, and the bytes of those of its units that were fetched and not yet read."""
 
-    def __init__(self, repertoire: Repertoire, entry: ExpertSet, base: BaseRef) -> None:
+    def __init__(self, repertoire: Repertoire, entry: ExpertSet, base: BaseRef, buffers: Buffers) -> None:
         self.entry = entry
+        self._buffers = buffers
         self._repertoire = repertoire
         self._base = base
-        self._fetched: dict[int, bytearray] = {}
+        self._fetched: dict[int, memoryview] = {}
+        self._forms: dict[int, UnitForm] = {}
 
     def fetch(self, layers: Sequence[int]) -> None:
         """Read the bytes of these layers."""
         units = [unit for unit in self.entry.units if unit.layer in layers]
-        buffers = self._repertoire.read_bytes(self.entry, units, self._base)
-        self._fetched.update({unit.layer: data for unit, data in zip(units, buffers, strict=True)})
+        self._fetched.update({unit.layer: data for unit, data in zip(units, self._read(units), strict=True)})
 
-    def take(self, unit: Unit) -> bytearray | None:
+    def take(self, unit: Unit) -> memoryview | None:
         """The bytes of one that was fetched, which are nobody else's from now on; None of one that was not."""
         return self._fetched.pop(unit.layer, None)
 
-    def read(self, unit: Unit, data: bytearray | None) -> Expert:
+    def read(self, unit: Unit, data: memoryview | None) -> Expert:
         """Check and parse one, after reading it where there are no bytes."""
-        return self._repertoire.read_unit(self.entry, unit, self._base, data=data)
+        if data is None:
+            (data,) = self._read([unit])
+        form = self._forms.get(unit.layer)
+        if form is None:
+            form = self._forms[unit.layer] = UnitForm(unit, self.entry, self._base)
+        return self._repertoire.read_unit(self.entry, unit, self._base, data=data, form=form)
+
+    def _read(self, units: Sequence[Unit]) -> list[memoryview]:
+        return self._repertoire.read_bytes(self.entry, units, self._base, allocate=self._buffers.take)
 
 
 def row_major(expert: Expert) -> Expert:
@@ -161,5 +174,5 @@ def row_major(expert: Expert) -> Expert:
 
 
 def _row(name: str, shape: tuple[int, int]) -> tuple[int, int]:
-    """(rank, width) of A [R, in] or B [out, R]."""
-    return shape if name.endswith(".a") else (shape[1], shape[0])
+    """(rank, width) of A [R, in], B [out, R], or B transposed."""
+    return (shape[1], shape[0]) if name.endswith(".b") else shape

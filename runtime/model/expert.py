@@ -18,15 +18,16 @@ from safetensors.torch import save
 
 from runtime.errors import NonFiniteError, TensorMismatchError
 from runtime.model.layer_names import layer_names
-from runtime.model.manifest import FFN_TARGETS, TARGETS, BaseRef, ExpertSet, Target, Unit
+from runtime.model.manifest import FFN_TARGETS, TARGETS, BaseRef, ExpertSet, Layout, Target, Unit
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_Place = tuple[tuple[int, int], tuple[int, int], int]  # shape, strides, first element
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One linear's update `scale * B A x`: `a` is A [R, in], `b` is B [out, R]."""
+    """One linear's update `scale * B A x`: `a` is A [R, in]; `b` is B [out, R], often the transpose of a [R, out]."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -75,17 +76,20 @@ def linear_widths(target: Target, base: BaseRef) -> tuple[int, int]:
     return base.width, base.attention_width if target == "q" else base.kv_width
 
 
-def unit_tensors(ranks: Mapping[Target, int], base: BaseRef) -> dict[str, tuple[int, int]]:
+def unit_tensors(ranks: Mapping[Target, int], base: BaseRef, layout: Layout) -> dict[str, tuple[int, int]]:
     """Return name within the unit -> shape, in the order of the bytes on disk (sorted by name)."""
     shapes: dict[str, tuple[int, int]] = {}
     for target in sorted(ranks):
         wide, narrow = linear_widths(target, base)
         shapes[f"{target}.a"] = (ranks[target], wide)
-        shapes[f"{target}.b"] = (narrow, ranks[target])
+        name, shape = ("b", (narrow, ranks[target])) if layout == "plain" else ("bt", (ranks[target], narrow))
+        shapes[f"{target}.{name}"] = shape
     return shapes
 
 
-def pack_expert_set(experts: Mapping[int, Expert], *, task: str, dtype: str, base: BaseRef) -> tuple[bytes, ExpertSet]:
+def pack_expert_set(
+    experts: Mapping[int, Expert], *, task: str, dtype: str, base: BaseRef, layout: Layout = "rows"
+) -> tuple[bytes, ExpertSet]:
     """Serialise the experts of a task, one per layer, and describe the result.
 
     Args:
@@ -93,6 +97,7 @@ def pack_expert_set(experts: Mapping[int, Expert], *, task: str, dtype: str, bas
         task: the task that trained them; part of the identity.
         dtype: storage dtype, a key of `DTYPES`.
         base: shapes are checked against it.
+        layout: of every B in the blob.
 
     Returns:
         the blob's bytes, and its entry for the manifest.
@@ -106,11 +111,11 @@ def pack_expert_set(experts: Mapping[int, Expert], *, task: str, dtype: str, bas
         raise TensorMismatchError(f"expert set of {task}: one scale for all layers is needed, got {sorted(scales)}")
     tensors: dict[str, torch.Tensor] = {}
     for layer, expert in experts.items():
-        shapes = unit_tensors({target: update.rank for target, update in expert.updates.items()}, base)
+        shapes = unit_tensors({target: update.rank for target, update in expert.updates.items()}, base, layout)
         for name, shape in shapes.items():
             target, side = name.split(".")
             update = expert.updates[target]  # type: ignore[index]
-            tensor = update.a if side == "a" else update.b
+            tensor = {"a": update.a, "b": update.b, "bt": update.b.t()}[side]
             if tuple(tensor.shape) != shape:
                 raise TensorMismatchError(f"layer {layer} {name}: shape {tuple(tensor.shape)}, the base needs {shape}")
             stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
@@ -123,7 +128,15 @@ def pack_expert_set(experts: Mapping[int, Expert], *, task: str, dtype: str, bas
     blob = save(tensors, metadata={"greenroom": config})
     digest = hashlib.sha256(blob).hexdigest()
     units = tuple(_unit(blob, layer, experts[layer]) for layer in sorted(experts))
-    entry = ExpertSet(digest=digest, task=task, bytes=len(blob), dtype=dtype, scale=scale, units=units)  # type: ignore[arg-type]
+    entry = ExpertSet(
+        digest=digest,
+        task=task,
+        bytes=len(blob),
+        dtype=dtype,  # type: ignore[arg-type]
+        scale=scale,
+        units=units,
+        layout=layout,
+    )
     return blob, entry
 
 
@@ -159,7 +172,7 @@ def check_header(header: Mapping[str, Mapping[str, object]], data_start: int, en
     expected: dict[str, dict[str, object]] = {}
     for unit in entry.units:
         position = unit.offset - data_start
-        for name, shape in unit_tensors(unit.ranks, base).items():
+        for name, shape in unit_tensors(unit.ranks, base, entry.layout).items():
             end = position + math.prod(shape) * DTYPES[entry.dtype].itemsize
             expected[f"layer.{unit.layer:04d}.{name}"] = {
                 "dtype": _SAFETENSORS_DTYPES[entry.dtype],
@@ -176,7 +189,7 @@ def check_header(header: Mapping[str, Mapping[str, object]], data_start: int, en
             )
 
 
-def _all_finite(data: bytearray, dtype: str) -> bool:
+def _all_finite(data: memoryview, dtype: str) -> bool:
     """Whether no number is NaN or infinite: their exponents are all ones, so of one sign no other's bits are as large.
 
     Read as unsigned, the largest bits are those of a negative number; read as signed, those of a positive one. Two
@@ -189,21 +202,43 @@ def _all_finite(data: bytearray, dtype: str) -> bool:
     return bool(positive and np.frombuffer(data, dtype=f"<u{size}").max() < infinite + sign)
 
 
-def parse_unit(data: bytearray, unit: Unit, entry: ExpertSet, base: BaseRef) -> Expert:
-    """Return the expert in the bytes of one unit; its tensors share memory with `data`.
+class UnitForm:
+    """How the bytes of a unit are read as an expert; made once, it saves every later read the arithmetic.
 
-    Raises:
-        NonFiniteError: a weight is NaN or infinite.
+    Args:
+        unit: of which set.
+        entry: that set.
+        base: widths follow from it.
     """
-    flat = torch.frombuffer(data, dtype=DTYPES[entry.dtype])
-    if not _all_finite(data, entry.dtype):
-        raise NonFiniteError(f"expert set {entry.digest}: layer {unit.layer} holds NaN or infinity")
-    updates: dict[Target, LowRank] = {}
-    position = 0
-    for target in sorted(unit.ranks):
-        rank, (wide, narrow) = unit.ranks[target], linear_widths(target, base)
-        a = flat.as_strided((rank, wide), (wide, 1), position)
-        b = flat.as_strided((narrow, rank), (rank, 1), position + rank * wide)
-        updates[target] = LowRank(a, b)
-        position += rank * (wide + narrow)
-    return Expert(layer=unit.layer, scale=entry.scale, updates={target: updates[target] for target in unit.ranks})
+
+    def __init__(self, unit: Unit, entry: ExpertSet, base: BaseRef) -> None:
+        self._unit, self._scale, self._digest = unit, entry.scale, entry.digest
+        self._dtype_name = entry.dtype
+        self._dtype = DTYPES[entry.dtype]
+        self._finite = False
+        places: dict[Target, tuple[_Place, _Place]] = {}
+        position = 0
+        for target in sorted(unit.ranks):
+            rank, (wide, narrow) = unit.ranks[target], linear_widths(target, base)
+            strides = (rank, 1) if entry.layout == "plain" else (1, narrow)
+            a, b = ((rank, wide), (wide, 1), position), ((narrow, rank), strides, position + rank * wide)
+            places[target] = (a, b)
+            position += rank * (wide + narrow)
+        self._places = [(target, *places[target]) for target in unit.ranks]
+
+    def expert(self, data: memoryview) -> Expert:
+        """Return the expert in the bytes of the unit; its tensors share memory with `data`, and keep it alive.
+
+        Args:
+            data: has the unit's SHA-256, so that what was once found in it need not be looked for again.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        if not self._finite:
+            if not _all_finite(data, self._dtype_name):
+                raise NonFiniteError(f"expert set {self._digest}: layer {self._unit.layer} holds NaN or infinity")
+            self._finite = True
+        flat = torch.frombuffer(data, dtype=self._dtype)
+        updates = {target: LowRank(flat.as_strided(*a), flat.as_strided(*b)) for target, a, b in self._places}
+        return Expert(layer=self._unit.layer, scale=self._scale, updates=updates)

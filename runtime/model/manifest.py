@@ -26,6 +26,7 @@ TARGETS: tuple[Target, ...] = (*ATTENTION_TARGETS, *FFN_TARGETS)
 
 Score = Literal["raw", "z", "abs_z", "neg_elbo"]
 Density = Literal["vae", "gaussian", "low_rank"]
+Layout = Literal["plain", "rows"]
 
 
 class BaseRef(Record):
@@ -60,7 +61,11 @@ class Unit(Record):
 
 
 class ExpertSet(Record):
-    """The experts that one task trained, one per layer, in one blob; its digest is the identity of each of them."""
+    """The experts that one task trained, one per layer, in one blob; its digest is the identity of each of them.
+
+    `layout` says how every B lies in the blob: "rows" transposed, as [R, outputs], which kernels read in place; "plain"
+    as [outputs, R].
+    """
 
     digest: Digest
     task: Name
@@ -68,6 +73,7 @@ class ExpertSet(Record):
     dtype: Literal["float32", "bfloat16", "float16"]
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     units: Annotated[tuple[Unit, ...], Field(min_length=1)]
+    layout: Layout = "plain"
 
     @model_validator(mode="after")
     def _layers_ascend(self) -> Self:

@@ -32,7 +32,7 @@ from runtime.errors import (
     TensorMismatchError,
 )
 from runtime.model.durable import OnStep, no_step, write_durably
-from runtime.model.expert import Expert, blob_header, check_header, parse_unit
+from runtime.model.expert import Expert, UnitForm, blob_header, check_header
 from runtime.model.layout import (
     HEAD,
     blob_name,
@@ -45,7 +45,7 @@ from runtime.model.layout import (
 )
 from runtime.model.lease import shared_lease
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit, parse_manifest
-from runtime.model.side_by_side import read_side_by_side
+from runtime.model.side_by_side import Allocate, fresh_memory, read_side_by_side
 from runtime.model.signature import Signer, TrustPolicy
 
 _MAX_HEADER_BYTES = 16 << 20
@@ -135,16 +135,26 @@ class Repertoire:
             if generation is not None or self.head() == number:
                 raise self._not_here(number)
 
-    def read_unit(self, entry: ExpertSet, unit: Unit, base: BaseRef, *, data: bytearray | None = None) -> Expert:
+    def read_unit(
+        self,
+        entry: ExpertSet,
+        unit: Unit,
+        base: BaseRef,
+        *,
+        data: memoryview | None = None,
+        form: UnitForm | None = None,
+    ) -> Expert:
         """Read, check and parse one expert: one contiguous read of `unit.bytes` bytes.
 
-        The blob's header is checked on its first use; the unit's SHA-256 and finiteness on every read.
+        The blob's header is checked on its first use, the unit's SHA-256 on every read, and finiteness, which follows
+        from the SHA-256, once per `form`.
 
         Args:
             entry: its set.
             unit: which of it.
             base: what its shapes must fit.
             data: its bytes, where `read_bytes` has read them with others; the expert takes them over.
+            form: of this unit, where the caller keeps it for the next time.
 
         Raises:
             BlobMissingError, BlobTruncatedError, DigestMismatchError, TensorMismatchError, NonFiniteError.
@@ -153,10 +163,18 @@ class Repertoire:
             (data,) = self.read_bytes(entry, [unit], base)
         if hashlib.sha256(data).hexdigest() != unit.sha256:
             raise DigestMismatchError(f"blob {entry.digest}: layer {unit.layer} does not have the digest {unit.sha256}")
-        return parse_unit(data, unit, entry, base)
+        return (form or UnitForm(unit, entry, base)).expert(data)
 
-    def read_bytes(self, entry: ExpertSet, units: Sequence[Unit], base: BaseRef) -> list[bytearray]:
+    def read_bytes(
+        self, entry: ExpertSet, units: Sequence[Unit], base: BaseRef, *, allocate: Allocate = fresh_memory
+    ) -> list[memoryview]:
         """Read the bytes of units of one set, those that lie side by side in one read; each has memory of its own.
+
+        Args:
+            entry: the set.
+            units: which of it.
+            base: what their shapes must fit.
+            allocate: where the bytes go.
 
         Raises:
             BlobMissingError, BlobTruncatedError, TensorMismatchError: as `read_unit`, which checks the rest.
@@ -170,7 +188,7 @@ class Repertoire:
             if size != entry.bytes:
                 raise BlobTruncatedError(f"blob {entry.digest}: {size} bytes on disk, the manifest says {entry.bytes}")
             self._check_header_once(descriptor, entry, base)
-            return read_side_by_side(descriptor, entry, units)
+            return read_side_by_side(descriptor, entry, units, allocate)
         finally:
             os.close(descriptor)
 

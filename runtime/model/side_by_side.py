@@ -7,13 +7,21 @@ Read first: a set's units lie one after the other by layer, so whoever reads the
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from runtime.errors import BlobTruncatedError
 from runtime.model.manifest import ExpertSet, Unit
 
+Allocate = Callable[[int], memoryview]
+"""Gives memory of so many bytes, with anything in it."""
 
-def read_side_by_side(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) -> list[bytearray]:
+
+def fresh_memory(num_bytes: int) -> memoryview:
+    """New memory."""
+    return memoryview(bytearray(num_bytes))
+
+
+def read_side_by_side(descriptor: int, entry: ExpertSet, units: Sequence[Unit], allocate: Allocate) -> list[memoryview]:
     """Read units of an open blob. With the first of the set among them, the disk is told to go on with the others.
 
     Raises:
@@ -21,7 +29,7 @@ def read_side_by_side(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) 
     """
     if entry.units[0] in units and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, entry.units[0].offset, 0, os.POSIX_FADV_WILLNEED)
-    buffers = [bytearray(unit.bytes) for unit in units]
+    buffers = [allocate(unit.bytes) for unit in units]
     begin = 0
     for end, unit in enumerate(units, start=1):
         if end < len(units) and units[end].offset == unit.offset + unit.bytes:

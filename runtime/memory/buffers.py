@@ -1,0 +1,138 @@
+"""Buffers: host memory for units, taken from arenas and used again once nobody can see what lay in it.
+
+It knows nothing of experts or budgets; who takes a buffer decides how many bytes may be resident.
+Read first: a buffer is a memoryview. Its room is free when the view and all that was made of it (slices, tensors) are
+gone, which Python notices and `take` learns of; nobody gives anything back by hand, so nothing that is still looked at
+is ever written over. Used memory has its pages already; new arenas ask the kernel for huge ones.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+from bisect import insort
+from collections import deque
+from contextlib import suppress
+
+ALIGNMENT = 64  # bytes: a line of the cache, and a vector
+_ARENA_BYTES = 4 << 20
+
+
+class _Arena:
+    """Memory with gaps, ascending (begin, end), no two of which touch."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.size = num_bytes
+        pages = mmap.mmap(-1, num_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = memoryview(pages)
+        self.gaps = [(0, num_bytes)]
+        self.largest = num_bytes
+
+    @property
+    def empty(self) -> bool:
+        return self.largest == self.size
+
+    def take(self, num_bytes: int) -> int | None:
+        """Where so many bytes begin that are nobody else's now; None where no gap is so large."""
+        if num_bytes > self.largest:
+            return None
+        place = next(place for place, (begin, end) in enumerate(self.gaps) if end - begin >= num_bytes)
+        begin, end = self.gaps.pop(place)
+        if end - begin > num_bytes:
+            self.gaps.insert(place, (begin + num_bytes, end))
+        self._measure()
+        return begin
+
+    def give_back(self, begin: int, end: int) -> None:
+        """These bytes are a gap again."""
+        insort(self.gaps, (begin, end))
+        place = self.gaps.index((begin, end))
+        if place + 1 < len(self.gaps) and self.gaps[place + 1][0] == end:
+            end = self.gaps.pop(place + 1)[1]
+        if place and self.gaps[place - 1][1] == begin:
+            begin = self.gaps.pop(place - 1)[0]
+            place -= 1
+        self.gaps[place] = (begin, end)
+        self._measure()
+
+    def _measure(self) -> None:
+        self.largest = max((end - begin for begin, end in self.gaps), default=0)
+
+
+class Buffers:
+    """Safe to share between threads.
+
+    Args:
+        idle_arenas: so many arenas with nothing in them are kept for later; others go back to the system.
+        arena_bytes: of one, except where a single buffer is larger.
+    """
+
+    def __init__(self, *, idle_arenas: int = 2, arena_bytes: int = _ARENA_BYTES) -> None:
+        self._idle_arenas = idle_arenas
+        self._arena_bytes = arena_bytes
+        self._lock = threading.Lock()
+        self._arenas: list[_Arena] = []
+        self._lent: dict[int, tuple[weakref.ref[memoryview], _Arena, int, int]] = {}
+        self._returned: deque[int] = deque()  # filled wherever a view dies, under whatever lock: it takes none
+        self._count = 0
+
+    def take(self, num_bytes: int) -> memoryview:
+        """So many bytes, aligned, with anything in them."""
+        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            self._sweep()
+            for arena in self._arenas:
+                begin = arena.take(size)
+                if begin is not None:
+                    return self._lend(arena, begin, size, num_bytes)
+            arena = _Arena(max(size, self._arena_bytes))
+            self._arenas.append(arena)
+            begin = arena.take(size)
+            assert begin is not None, "a new arena has room"
+            return self._lend(arena, begin, size, num_bytes)
+
+    def trim(self) -> None:
+        """Let arenas go that hold nothing, beyond those that are kept."""
+        with self._lock:
+            self._sweep()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all arenas, used or not."""
+        with self._lock:
+            return sum(arena.size for arena in self._arenas)
+
+    def check_integrity(self) -> None:
+        """Assert that every byte of every arena is lent once or is in a gap."""
+        with self._lock:
+            self._sweep()
+            for arena in self._arenas:
+                lent = [(begin, end) for _, whose, begin, end in self._lent.values() if whose is arena]
+                ends = sorted([*lent, *arena.gaps])
+                assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])], (
+                    "bytes are lost or lent twice"
+                )
+                assert ends[-1][1] == arena.size, "an arena's end is lost"
+
+    def _lend(self, arena: _Arena, begin: int, size: int, num_bytes: int) -> memoryview:
+        self._count += 1
+        number, returned = self._count, self._returned
+        view = arena.memory[begin : begin + num_bytes]
+        watch = weakref.ref(view, lambda _gone: returned.append(number))
+        self._lent[number] = (watch, arena, begin, begin + size)
+        return view
+
+    def _sweep(self) -> None:
+        """Make gaps of what has been given up since the last time; let idle arenas go."""
+        if not self._returned:
+            return
+        while self._returned:
+            _, arena, begin, end = self._lent.pop(self._returned.popleft())
+            arena.give_back(begin, end)
+        idle = [arena for arena in self._arenas if arena.empty]
+        for arena in idle[self._idle_arenas :]:
+            self._arenas.remove(arena)
