@@ -45,10 +45,8 @@ from runtime.model.layout import (
 )
 from runtime.model.lease import shared_lease
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit, parse_manifest
-from runtime.model.side_by_side import Allocate, fresh_memory, read_side_by_side
+from runtime.model.side_by_side import Allocate, fresh_memory, read_header, read_side_by_side
 from runtime.model.signature import Signer, TrustPolicy
-
-_MAX_HEADER_BYTES = 16 << 20
 
 
 class Repertoire:
@@ -346,17 +344,6 @@ class Repertoire:
         with self._lock:
             if entry.digest in self._checked_headers:
                 return
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if not 0 < length <= min(_MAX_HEADER_BYTES, entry.bytes - 8):
-            raise TensorMismatchError(f"blob {entry.digest}: a header of {length} bytes cannot be right")
-        header, data_start = _parse_header(os.pread(descriptor, 8 + length, 0), entry.digest)
-        check_header(header, data_start, entry, base)
+        check_header(*read_header(descriptor, entry), entry, base)
         with self._lock:
             self._checked_headers.add(entry.digest)
-
-
-def _parse_header(data: bytes, digest: str) -> tuple[dict[str, dict[str, list[int]]], int]:
-    try:
-        return blob_header(data)
-    except ValueError as error:
-        raise TensorMismatchError(f"blob {digest}: the header is not JSON") from error

@@ -1,4 +1,4 @@
-"""Bytes of units out of a blob: those that lie side by side come in one read, each into memory of its own.
+"""Bytes of units out of an open blob: those that lie side by side come in one read, each into memory of its own.
 
 It knows nothing of what the bytes are; `runtime.model.repertoire` opens the blob and checks what is read.
 Read first: a set's units lie one after the other by layer, so whoever reads the first will want the rest.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from runtime.errors import BlobTruncatedError
+from runtime.errors import BlobTruncatedError, TensorMismatchError
+from runtime.model.expert import blob_header
 from runtime.model.manifest import ExpertSet, Unit
+
+_MAX_HEADER_BYTES = 16 << 20
 
 Allocate = Callable[[int], memoryview]
 """Gives memory of so many bytes, with anything in it."""
@@ -39,3 +42,18 @@ def read_side_by_side(descriptor: int, entry: ExpertSet, units: Sequence[Unit], 
             raise BlobTruncatedError(f"blob {entry.digest}: layers {run[0].layer} to {unit.layer} end early")
         begin = end
     return buffers
+
+
+def read_header(descriptor: int, entry: ExpertSet) -> tuple[dict[str, dict[str, list[int]]], int]:
+    """The tensor entries of an open blob, and where their data begin.
+
+    Raises:
+        TensorMismatchError: there is no such header.
+    """
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if not 0 < length <= min(_MAX_HEADER_BYTES, entry.bytes - 8):
+        raise TensorMismatchError(f"blob {entry.digest}: a header of {length} bytes cannot be right")
+    try:
+        return blob_header(os.pread(descriptor, 8 + length, 0))
+    except ValueError as error:
+        raise TensorMismatchError(f"blob {entry.digest}: the header is not JSON") from error
