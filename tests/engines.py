@@ -21,6 +21,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.llama import LlamaModel
 from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Located, Request, SamplingParams, TokenDelta
+from runtime.kernels.graph_capture import Capture
 from runtime.model.generation import Generation, open_generation
 from runtime.model.repertoire import Repertoire
 
@@ -99,7 +100,8 @@ def ask(engine: Engine, text: str, *, max_tokens: int = 8, sampling: dict | None
 
 @pytest.fixture
 def make_engine() -> Iterator[Callable[..., Engine]]:
-    """Make engines: `make_engine(workshop, number=None, start=True, model_class=..., generation=..., **options)`."""
+    """Make engines: `make_engine(workshop, number=None, start=True, model_class=..., generation=..., capture=...,
+    **options)`."""
     engines: list[Engine] = []
 
     def make(
@@ -110,6 +112,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
         model_class: type[LlamaModel] = LlamaModel,
         repertoire: Repertoire | None = None,
         generation: Generation | None = None,
+        capture: Capture | None = None,
         **options: int,
     ) -> Engine:
         base = workshop.base
@@ -120,6 +123,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
             repertoire=repertoire or workshop.repertoire,
             generation=generation or open_generation(workshop.repertoire, number),
             options=EngineOptions(**options),
+            capture=capture,
         )
         engines.append(engine)
         if start:

@@ -25,6 +25,7 @@ def tiny_flags(repertoire: Path, base: Path, **limits: int) -> EngineFlags:
         dtype="float32",
         step="torch",
         device="cpu",
+        cuda_graphs="auto",
         threads=1,
         limits=EngineOptions(**{"max_context": 256, "prefetch": False, **limits}),  # type: ignore[arg-type]
     )

@@ -26,7 +26,7 @@ from runtime.engine.request import (
     TokenLogprob,
     Usage,
 )
-from runtime.engine.statistics import EngineStatistics
+from runtime.engine.statistics import EngineStatistics, GraphCounts
 from runtime.errors import CancelledError, DeadlineError, GreenroomError, InvalidInputError, UnavailableError
 from runtime.memory.statistics import MemoryStatistics
 
@@ -154,6 +154,7 @@ class ScriptedEngine:
             prefix_base_tokens=7,
             prefix_adapted_tokens=8,
             prefix_bytes=9,
+            graphs=GraphCounts(replays=7, fallbacks=6, captures=5),
             memory=MEMORY,
         )
 

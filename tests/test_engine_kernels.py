@@ -14,7 +14,7 @@ from repertoires import Workshop
 from runtime.engine.engine import Engine
 from runtime.engine.llama import LlamaModel
 from runtime.engine.stage import LayerPacks, Stage
-from runtime.engine.staged_kernels import KernelUpdate, most_experts
+from runtime.engine.staged_kernels import kernel_update, most_experts
 from runtime.kernels.triton_interpreter import interpret
 from runtime.kernels.triton_metadata import build_metadata
 from runtime.kernels.triton_mixture import Launch
@@ -131,7 +131,7 @@ def test_outputs_that_no_compiled_kernel_takes_are_computed_beside(shift: int) -
         interpret(step)
 
     metadata = build_metadata(torch.tensor([[0], [1]]), torch.tensor([[0.5], [2.0]]), 2)
-    KernelUpdate(a, b, ("one", "two", "two", "two"), ("one", "two")).add(
+    kernel_update(a, b, ("one", "two", "two", "two"), ("one", "two")).add(
         whole[:, shift : shift + 24], x, metadata, launch
     )
     expected = torch.stack([0.5 * (x[0] @ a[:1].t()) @ b[:1], 2 * (x[1] @ a[1:].t()) @ b[1:]])

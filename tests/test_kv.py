@@ -37,3 +37,12 @@ def test_a_slot_takes_memory_as_tokens_are_written_to_it(dtype: torch.dtype) -> 
     assert cache.keys.nbytes > 100 << 20
     assert float(cache.keys[:, :4, :, :3].float().mean()) == 1
     assert not cache.keys[:, 4:5, :, :1].any()
+
+
+def test_no_sequence_gets_a_spare_slot() -> None:
+    cache = KVCache(SHAPE, num_slots=2, budget_bytes=1 << 40, dtype=torch.float32, device=torch.device("cpu"), spare=1)
+    assert [cache.acquire(1), cache.acquire(1), cache.acquire(1)] == [1, 2, None]
+    assert cache.keys.shape[1] == cache.values.shape[1] == 3
+    cache.check_integrity()
+    cache.release(1)
+    cache.check_integrity()

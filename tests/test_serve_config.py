@@ -85,6 +85,12 @@ def test_a_mistake_in_the_file_is_named_by_its_key(tmp_path: Path, text: str, fi
     assert result.stderr.startswith(f"greenroom: {field}=")
 
 
+def test_whether_steps_are_recorded_reaches_the_engine(tmp_path: Path) -> None:
+    text = 'repertoire = "r"\n[engine]\ncuda_graphs = "off"'
+    assert load_config(written(tmp_path, text), {}).engine_flags().cuda_graphs == "off"
+    assert DEFAULTS.engine_flags().cuda_graphs == "auto"
+
+
 def test_floors_ranks_and_the_device_budget_reach_the_engine(tmp_path: Path) -> None:
     text = 'repertoire = "r"\n[engine]\ntenant_floors = "gold=2MiB, tin=1000"\nmax_rank = 8\ndevice_memory = "3MiB"'
     limits = load_config(written(tmp_path, text), {}).engine_flags().limits

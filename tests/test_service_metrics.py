@@ -86,6 +86,8 @@ def test_the_engines_counts_are_read_when_they_are_asked_for() -> None:
     assert now["greenroom_running_sequences"][()] == 0
     assert (now["greenroom_generation"][()], now["greenroom_steps_total"][()]) == (3, 2)
     assert (now["greenroom_drafted_tokens_total"][()], now["greenroom_accepted_tokens_total"][()]) == (5, 4)
+    graphs = [now[f"greenroom_graph_{name}_total"][()] for name in ("replays", "fallbacks", "captures")]
+    assert graphs == [7, 6, 5]
     assert now["greenroom_expert_resident_bytes"][("host",)] == MEMORY.resident_bytes
     assert now["greenroom_expert_load_seconds_total"][("host",)] == MEMORY.load_s
     for name in ("hits", "misses", "loads", "evictions", "prefetch_useful_bytes", "prefetch_wasted_bytes"):

@@ -84,6 +84,7 @@ def batch(
         dtype=dtype,
         step=step,
         device=device,
+        cuda_graphs="off",  # neither must what ran before choose the sizes of a recorded step
         threads=threads,
         expert_memory=expert_memory,
         device_memory=device_memory,

@@ -12,6 +12,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.follower import open_held
 from runtime.engine.step_model import load_step_model
 from runtime.kernels.device_choice import device_of
+from runtime.kernels.graph_capture import step_capture
 from runtime.model.generation import check_base
 from runtime.model.repertoire import Repertoire
 from runtime.model.signature import TrustPolicy
@@ -59,4 +60,5 @@ def build_engine(flags: EngineFlags, *, number: int | None = None) -> Engine:
         generation=generation,
         options=flags.limits,
         retire=let_go,
+        capture=step_capture(device, flags.cuda_graphs),
     )

@@ -14,7 +14,7 @@ import typer
 
 from runtime.engine.options import EngineOptions, Policy
 from runtime.errors import InvalidInputError
-from runtime.kernels.step_kinds import DeviceKind, StepKind, WeightKind
+from runtime.kernels.step_kinds import DeviceKind, GraphKind, StepKind, WeightKind
 from runtime.memory.eviction import EvictionName
 
 RepertoireFlag = Annotated[Path, typer.Option("--repertoire", help="Folder of the repertoire.")]
@@ -46,6 +46,9 @@ StepFlag = Annotated[
 DeviceFlag = Annotated[
     DeviceKind, typer.Option("--device", help="Where the model runs: the first CUDA device, the CPU, or what there is.")
 ]
+GraphsFlag = Annotated[
+    GraphKind, typer.Option("--cuda-graphs", help="Record decode steps on a CUDA device and replay them, or do not.")
+]
 ThreadsFlag = Annotated[int, typer.Option("--threads", min=0, help="Threads to compute with; 0 lets torch choose.")]
 PolicyFlag = Annotated[
     Policy, typer.Option("--policy", help="Who goes first: by arrival, with the most experts in memory, or by task.")
@@ -70,6 +73,7 @@ DEFAULT_PREFIX_MEMORY = f"{LIMITS.prefix_budget_bytes >> 20}MiB"
 DEFAULT_DTYPE: WeightKind = "float32"
 DEFAULT_STEP: StepKind = "auto"
 DEFAULT_DEVICE: DeviceKind = "auto"
+DEFAULT_GRAPHS: GraphKind = "auto"
 DEFAULT_THREADS = 0
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", re.IGNORECASE)
@@ -87,6 +91,7 @@ class EngineFlags:
         dtype: what the weights of the base model are kept in.
         step: who computes; see `runtime.kernels.step_kinds`.
         device: where; likewise.
+        cuda_graphs: whether decode steps are recorded there; likewise.
         threads: to compute with; 0 lets torch choose.
         limits: budgets and bounds.
     """
@@ -97,6 +102,7 @@ class EngineFlags:
     dtype: WeightKind
     step: StepKind
     device: DeviceKind
+    cuda_graphs: GraphKind
     threads: int
     limits: EngineOptions
 
@@ -109,6 +115,7 @@ def collect(
     dtype: WeightKind,
     step: StepKind,
     device: DeviceKind,
+    cuda_graphs: GraphKind,
     threads: int,
     expert_memory: str,
     device_memory: str,
@@ -147,6 +154,7 @@ def collect(
         dtype=dtype,
         step=step,
         device=device,
+        cuda_graphs=cuda_graphs,
         threads=threads,
         limits=limits,
     )

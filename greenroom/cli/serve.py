@@ -45,6 +45,7 @@ def serve(
     dtype: flags.DtypeFlag = flags.DEFAULT_DTYPE,
     step: flags.StepFlag = flags.DEFAULT_STEP,
     device: flags.DeviceFlag = flags.DEFAULT_DEVICE,
+    cuda_graphs: flags.GraphsFlag = flags.DEFAULT_GRAPHS,
     threads: flags.ThreadsFlag = flags.DEFAULT_THREADS,
     grace: Annotated[
         float, typer.Option(min=0.0, max=3600.0, help="Seconds running requests get at the end.")

@@ -19,7 +19,7 @@ from greenroom.cli import engine_flags as flags
 from greenroom.cli.ray_choice import RAY
 from runtime.engine.options import Policy
 from runtime.errors import InvalidInputError
-from runtime.kernels.step_kinds import DeviceKind, StepKind, WeightKind
+from runtime.kernels.step_kinds import DeviceKind, GraphKind, StepKind, WeightKind
 from runtime.memory.eviction import EvictionName
 from runtime.service.models import DEFAULT_NAME
 
@@ -37,6 +37,7 @@ class EngineSection(_Section):
     dtype: WeightKind = flags.DEFAULT_DTYPE
     step: StepKind = flags.DEFAULT_STEP
     device: DeviceKind = flags.DEFAULT_DEVICE
+    cuda_graphs: GraphKind = flags.DEFAULT_GRAPHS
     threads: Annotated[int, Field(ge=0)] = flags.DEFAULT_THREADS
     expert_memory: str = flags.DEFAULT_EXPERT_MEMORY
     device_memory: str = flags.DEFAULT_DEVICE_MEMORY

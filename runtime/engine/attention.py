@@ -114,6 +114,25 @@ class AttentionPlan:
         return mixed[self._slots].view(q.shape)
 
 
+class StaticPlan(AttentionPlan):
+    """Decoding tokens whose places are read from tensors at every run; shapes depend on nothing else.
+
+    Args:
+        slots: [T] int64, below `span`; tokens that share a slot must share a position there, and are not read.
+        positions: [T] int64, below `context`.
+        span: slots that are looked at.
+        context: tokens of each that are looked at.
+    """
+
+    def __init__(self, slots: torch.Tensor, positions: torch.Tensor, *, span: int, context: int) -> None:
+        self.decode, self.segments, self.num_decode = (), (), len(slots)
+        self.positions, self._slots = positions, slots
+        lengths = positions.new_full((span,), context)
+        lengths.index_put_((slots,), positions + 1)
+        hidden = torch.arange(context, device=slots.device) >= lengths.unsqueeze(1)
+        self._bias = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -math.inf)[:, None, None]
+
+
 def _prefill(keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """[T, heads, width] over [kv heads, context, width]; the T queries are the last of the context."""
     length, context = q.shape[0], keys.shape[1]

@@ -22,13 +22,12 @@ from runtime.engine.casting import Casting
 from runtime.engine.drafting import Drafting
 from runtime.engine.generations import Generations
 from runtime.engine.grammar import Grammars
-from runtime.engine.kv import KVCache
 from runtime.engine.options import EngineOptions
 from runtime.engine.passage import Passage
 from runtime.engine.prefix import PrefixCache
 from runtime.engine.request import Request
 from runtime.engine.residents import Residents, make_memory
-from runtime.engine.runner import StepRunner
+from runtime.engine.runner import StepRunner, make_cache
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Phase, Sequence, Sink
 from runtime.engine.speaking import Speaking
@@ -43,6 +42,7 @@ from runtime.errors import (
     QueueFullError,
     UnavailableError,
 )
+from runtime.kernels.graph_capture import Capture
 from runtime.memory.visible import VisibleSets
 from runtime.model.generation import Generation
 from runtime.model.repertoire import Repertoire
@@ -60,6 +60,7 @@ class Engine:
         repertoire: where experts are read from.
         generation: the opened generation to begin with; see `publish`.
         retire: called once when that generation is no longer used.
+        capture: records decode steps; see `runtime.engine.decode_graphs`.
         options: sizes and limits.
 
     It does nothing until `start`. For `pin`, `unpin`, `prefetch_task`, `evict` see `runtime.engine.residents`.
@@ -75,6 +76,7 @@ class Engine:
         generation: Generation,
         options: EngineOptions,
         retire: Callable[[], None] = lambda: None,
+        capture: Capture | None = None,
     ) -> None:
         self.memory = make_memory(options, device=model.device, dtype=model.dtype, on_change=self._wake)
         self.visible = VisibleSets(repertoire, max_rank=options.max_rank, dtype=model.kv_dtype)
@@ -84,16 +86,10 @@ class Engine:
         self._generations = Generations(generation, retire=retire, on_retire=residents.retired)
         self._options = options
         self._model = model
-        self._cache = KVCache(
-            model.kv_shape(),
-            num_slots=options.max_running,
-            budget_bytes=options.kv_budget_bytes,
-            dtype=model.kv_dtype,
-            device=model.device,
-        )
+        self._cache = make_cache(model, options, capture)
         first_layer = generation.manifest.first_layer
         self._drafting = Drafting(options.max_draft)
-        self._runner = StepRunner(model, self._cache, self._drafting, first_layer=first_layer)
+        self._runner = StepRunner(model, self._cache, self._drafting, first_layer=first_layer, capture=capture)
 
         def embed(ids: list[int]) -> torch.Tensor:
             return model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
@@ -239,6 +235,7 @@ class Engine:
                 kv_bytes_reserved=self._cache.reserved_bytes,
                 stall_s=self._casting.stall_s,
                 memory=self.memory.statistics(),
+                graphs=self._runner.graph_counts(),
                 **self._prefixes.statistics(),
             )
 

@@ -45,6 +45,7 @@ class KVCache:
     Args:
         shape: see `KVShape`.
         num_slots: sequences at most.
+        spare: slots before the others that no sequence gets: where tokens are written that only fill up a step.
         budget_bytes: of tokens that may be held at once.
         dtype: of keys and values.
         device: where they live.
@@ -53,16 +54,24 @@ class KVCache:
     """
 
     def __init__(
-        self, shape: KVShape, *, num_slots: int, budget_bytes: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: KVShape,
+        *,
+        num_slots: int,
+        budget_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare: int = 0,
     ) -> None:
         self.shape = shape
         self.budget_bytes = budget_bytes
-        self.num_slots = num_slots
-        size = (shape.num_layers, num_slots, shape.num_heads, shape.context, shape.head_width)
+        self.num_slots, self.spare = num_slots, spare
+        size = (shape.num_layers, spare + num_slots, shape.num_heads, shape.context, shape.head_width)
         self.keys = _zeros(size, dtype, device)
         self.values = _zeros(size, dtype, device)
         self._token_bytes = shape.token_bytes(dtype)
-        self._free = list(range(num_slots))
+        self._slots = range(spare, spare + num_slots)
+        self._free = list(self._slots)
         self._held: dict[int, int] = {}
         self.reserved_bytes = 0
 
@@ -96,7 +105,7 @@ class KVCache:
 
     def check_integrity(self) -> None:
         """Assert that every slot is either free or held, and the budget is kept."""
-        assert sorted([*self._free, *self._held]) == list(range(self.num_slots)), "a slot is lost or held twice"
+        assert sorted([*self._free, *self._held]) == list(self._slots), "a slot is lost or held twice"
         assert self.reserved_bytes == sum(self._held.values()), "reserved bytes drifted"
         assert self.reserved_bytes <= self.budget_bytes, "the KV budget is exceeded"
 

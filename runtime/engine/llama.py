@@ -83,6 +83,8 @@ class LlamaModel:
         InvalidInputError: an architecture or option that this step does not compute.
     """
 
+    recordable = True
+
     def __init__(
         self,
         model: transformers.PreTrainedModel | LlamaSource,

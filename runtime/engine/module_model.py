@@ -41,6 +41,8 @@ class ModuleModel:
         InvalidInputError: an architecture that does not run layer by layer, or cannot take experts.
     """
 
+    recordable = False
+
     def __init__(self, model: PreTrainedModel, *, max_context: int) -> None:
         self._name = type(model).__name__
         longest = getattr(model.config, "max_position_embeddings", max_context)

@@ -49,6 +49,8 @@ class NativeLlama(LlamaModel):
         UnsupportedDeviceError: widths that are not multiples of 16, or a model that is not on the CPU.
     """
 
+    recordable = False
+
     def __init__(
         self,
         model: transformers.PreTrainedModel | LlamaSource,

@@ -7,6 +7,7 @@ borders of these ranges; between two borders everything that is under way runs a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,15 +15,19 @@ from itertools import pairwise
 import torch
 
 from runtime.engine.attention import AttentionPlan, Segment
+from runtime.engine.decode_graphs import SPARE_SLOTS, DecodeGraphs
 from runtime.engine.drafting import Drafting
 from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import MixtureRows
+from runtime.engine.options import EngineOptions
 from runtime.engine.scoring import score_part
 from runtime.engine.sequence import Sequence
-from runtime.engine.stage import LayerPacks, Stage
+from runtime.engine.stage import FetchExpert, LayerPacks, Stage
+from runtime.engine.statistics import GraphCounts
 from runtime.engine.step import PromptPart, Step
 from runtime.engine.step_protocol import StepModel
+from runtime.kernels.graph_capture import Capture
 from runtime.model.mixture import Mixture
 
 
@@ -59,6 +64,18 @@ class _Flow:
         return [place in self.part.sequence.answering for place in places]
 
 
+def make_cache(model: StepModel, options: EngineOptions, capture: Capture | None) -> KVCache:
+    """The KV cache of an engine whose steps may be recorded by `capture`."""
+    return KVCache(
+        model.kv_shape(),
+        num_slots=options.max_running,
+        budget_bytes=options.kv_budget_bytes,
+        dtype=model.kv_dtype,
+        device=model.device,
+        spare=SPARE_SLOTS if capture and model.recordable else 0,
+    )
+
+
 class StepRunner:
     """The tensor side of the engine.
 
@@ -67,14 +84,28 @@ class StepRunner:
         cache: KV cache of the engine.
         drafting: tokens that are tried ahead.
         first_layer: the first layer with experts.
+        capture: records steps in which all sequences decode, where the model can be recorded; None records none.
     """
 
-    def __init__(self, model: StepModel, cache: KVCache, drafting: Drafting, *, first_layer: int) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        cache: KVCache,
+        drafting: Drafting,
+        *,
+        first_layer: int,
+        capture: Capture | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._drafting = drafting
         self._first_layer = first_layer
         self._packs = LayerPacks(dtype=model.dtype, device=model.device)
+        self._graphs = DecodeGraphs(model, cache, self._packs, capture) if capture and model.recordable else None
+
+    def graph_counts(self) -> GraphCounts:
+        """What became of the steps in which all sequences decoded, as far as steps are recorded."""
+        return self._graphs.counts if self._graphs else GraphCounts()
 
     @torch.inference_mode()
     def run(self, step: Step) -> tuple[list[Sequence], torch.Tensor]:
@@ -84,7 +115,14 @@ class StepRunner:
             every decoding sequence, as often as it got a token, and every prompt that is now complete, B of them, and
             their logits [B, V] float32.
         """
-        flows = self._decode_flows(step.decode)
+        drafts = self._drafting.propose(step.decode)
+        if self._graphs and drafts and not step.prompts:
+            self._graphs.pass_by()
+        elif self._graphs and not step.prompts:
+            logits = self._graphs.run(step.decode, _mixtures(step.decode))
+            if logits is not None:
+                return list(step.decode), logits
+        flows = self._decode_flows(step.decode, drafts)
         flows += [self._prompt_flow(part) for part in step.prompts]
         borders = sorted({border for flow in flows for border in (flow.layers.start, flow.layers.stop)})
         for start, stop in pairwise(borders):
@@ -93,8 +131,7 @@ class StepRunner:
         self._model.forget(frozenset(each.mixture.digest for each in owners if each.mixture is not None))
         return self._finish(flows)
 
-    def _decode_flows(self, sequences: tuple[Sequence, ...]) -> list[_Flow]:
-        drafts = self._drafting.propose(sequences)
+    def _decode_flows(self, sequences: tuple[Sequence, ...], drafts: Mapping[Sequence, list[int]]) -> list[_Flow]:
         layers = range(len(self._model.layers))
         plain = tuple(sequence for sequence in sequences if sequence not in drafts)
         flows = []
@@ -135,16 +172,7 @@ class StepRunner:
                 begin += len(flow.hidden)
 
     def _mixtures(self, flows: list[_Flow]) -> MixtureRows:
-        needed: dict[str, tuple[Mixture, Sequence]] = {}
-        for sequence in (sequence for flow in flows for sequence in flow.sequences):
-            if sequence.mixture is not None:
-                needed.setdefault(sequence.mixture.digest, (sequence.mixture, sequence))
-        mixtures = []
-        # Ordered by task name, so that the same batch is packed alike in every generation that holds its tasks.
-        for mixture, sequence in sorted(needed.values(), key=lambda pair: (pair[0].task, pair[0].variant)):
-            assert sequence.reservation is not None, "a sequence in the expert layers holds its experts"
-            mixtures.append((mixture, sequence.reservation.expert))
-        stage = Stage(mixtures, self._packs)
+        stage = Stage(_mixtures([sequence for flow in flows for sequence in flow.sequences]), self._packs)
         owners = [sequence for flow in flows for sequence in flow.owners()]
         rows = [stage.row(sequence.mixture) for sequence in owners]
         answering = [answers for flow in flows for answers in flow.answering()]
@@ -193,6 +221,22 @@ class StepRunner:
             kept += range(row, row + held + 1)
             row += len(draft) + 1
         return [sequences[row] for row in kept], logits[kept]
+
+
+def _mixtures(sequences: Items[Sequence]) -> list[tuple[Mixture, FetchExpert]]:
+    """The mixtures of sequences, each once, with the way to its experts.
+
+    Ordered by task name, so that the same batch is packed alike in every generation that holds its tasks.
+    """
+    needed: dict[str, tuple[Mixture, Sequence]] = {}
+    for sequence in sequences:
+        if sequence.mixture is not None:
+            needed.setdefault(sequence.mixture.digest, (sequence.mixture, sequence))
+    mixtures: list[tuple[Mixture, FetchExpert]] = []
+    for mixture, sequence in sorted(needed.values(), key=lambda pair: (pair[0].task, pair[0].variant)):
+        assert sequence.reservation is not None, "a sequence in the expert layers holds its experts"
+        mixtures.append((mixture, sequence.reservation.expert))
+    return mixtures
 
 
 def _slot(sequence: Sequence) -> int:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
 from runtime.engine.staged_hyper import StagedHyper, stage_hyper
-from runtime.engine.staged_kernels import KernelColumns, KernelUpdate
+from runtime.engine.staged_kernels import KernelColumns, KernelUpdate, kernel_columns, kernel_update
 from runtime.engine.staged_router import StagedColumn, StagedRouter, stage_router
 from runtime.kernels.mixture import shrink
 from runtime.model.expert import Expert
@@ -84,13 +85,13 @@ class StagedLayer:
     @cached_property
     def kernel_columns(self) -> KernelColumns:
         """The router's columns as the GPU's kernels read them; made when they are first launched."""
-        return KernelColumns(self.router, tuple(self.experts), self.router.weight.device)
+        return kernel_columns(self.router, tuple(self.experts), self.router.weight.device)
 
     @cached_property
     def kernel_updates(self) -> Mapping[Target, KernelUpdate]:
         """The updates as the GPU's kernels read them, on the same memory."""
         return {
-            target: KernelUpdate(update.a[begin:end], b, update.owners[begin:end], tuple(self.experts))
+            target: kernel_update(update.a[begin:end], b, update.owners[begin:end], tuple(self.experts))
             for update in self.updates.values()
             for target, (begin, end, b) in update.b.items()
         }
@@ -105,8 +106,7 @@ class LayerPacks:
     """
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
-        self._dtype = dtype
+        self.dtype, self.device = dtype, device
         self._packs: dict[int, tuple[tuple[str, ...], StagedLayer]] = {}
 
     def pack(self, layer: int, mixtures: Sequence[tuple[Mixture, FetchExpert]]) -> StagedLayer:
@@ -116,15 +116,22 @@ class LayerPacks:
         if held is not None and held[0] == names:
             return held[1]
         self._packs.pop(layer, None)  # before the next is made: never two of a layer
-        made = _stage_layer(layer, mixtures, held[1] if held else None, self._dtype, self.device)
+        made = _stage_layer(layer, mixtures, held[1] if held else None, self.dtype, self.device)
         self._packs[layer] = (names, made)
         return made
+
+
+class Packs(Protocol):
+    """Where a stage has its layers from."""
+
+    def pack(self, layer: int, mixtures: Sequence[tuple[Mixture, FetchExpert]]) -> StagedLayer:
+        """The mixtures' experts in this layer, packed in this order; all of them must be in memory."""
 
 
 class _Layers(Mapping[int, StagedLayer]):
     """Layer -> its pack, made when asked for."""
 
-    def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: LayerPacks) -> None:
+    def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: Packs) -> None:
         self._mixtures = mixtures
         self._packs = packs
         self._keys = frozenset(layer for mixture, _ in mixtures for layer in mixture.routers)
@@ -146,12 +153,12 @@ class Stage:
 
     Args:
         mixtures: distinct mixtures, each with the way to its reserved experts.
-        packs: keeps what is packed.
+        packs: makes what is packed, and keeps it.
 
     `layers` maps a layer to its pack, which is made when it is first asked for; row i + 1 is `mixtures[i]`.
     """
 
-    def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: LayerPacks) -> None:
+    def __init__(self, mixtures: Sequence[tuple[Mixture, FetchExpert]], packs: Packs) -> None:
         self.mixtures = tuple(mixtures)
         self.rows = {mixture.digest: 1 + i for i, (mixture, _) in enumerate(mixtures)}
         self.layers: Mapping[int, StagedLayer] = _Layers(mixtures, packs)

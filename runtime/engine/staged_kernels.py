@@ -8,6 +8,7 @@ device. A grouped router may weigh all of its columns, one that keeps the K larg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,26 +20,31 @@ from runtime.kernels.triton_mixture import ExpertRows, Launcher, add_mixture_tri
 _ALIGNMENT = 16  # bytes, and elements of a stride: what compiled kernels take for granted
 
 
+@dataclass(frozen=True)
 class KernelColumns:
     """The columns of a layer's router over its packed experts.
 
     Args:
-        router: of all mixtures.
-        experts: digests, in the order of packing.
-        device: where the tables go.
+        experts: [C] int64, the place of the expert that a column scores.
+        num_experts: that are packed.
+        k_max: columns of a token that have a weight, at most.
     """
 
-    def __init__(self, router: StagedRouter, experts: Sequence[str], device: torch.device) -> None:
-        order = {digest: place for place, digest in enumerate(experts)}
-        places = [order[column.expert] for column in router.columns]
-        self._experts = torch.tensor(places, dtype=torch.int64).to(device)
-        self._num_experts = len(order)
-        self.k_max = most_experts(router)
+    experts: torch.Tensor
+    num_experts: int
+    k_max: int
 
     def metadata(self, weights: torch.Tensor) -> MixtureMetadata:
         """Of the weights [T, C] that the router gave."""
-        ids, values = pairs_of_columns(weights, self._experts, self.k_max)
-        return build_metadata(ids, values, self._num_experts)
+        ids, values = pairs_of_columns(weights, self.experts, self.k_max)
+        return build_metadata(ids, values, self.num_experts)
+
+
+def kernel_columns(router: StagedRouter, experts: Sequence[str], device: torch.device) -> KernelColumns:
+    """The columns of all mixtures' routers over `experts`, digests in the order of packing, as a table on `device`."""
+    order = {digest: place for place, digest in enumerate(experts)}
+    places = torch.tensor([order[column.expert] for column in router.columns], dtype=torch.int64)
+    return KernelColumns(places.to(device), len(order), most_experts(router))
 
 
 def most_experts(router: StagedRouter) -> int:
@@ -57,8 +63,25 @@ def _most(row: StagedRow) -> int:
     return min(columns, row.top_k + constant)
 
 
+@dataclass(frozen=True)
 class KernelUpdate:
-    """One linear's update by all packed experts.
+    """One linear's update by all packed experts, `rows`."""
+
+    rows: ExpertRows
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, metadata: MixtureMetadata, launch: Launcher) -> None:
+        """Add to `y` [T, H], in place; its rows may be apart."""
+        if y.data_ptr() % _ALIGNMENT or y.stride(0) % _ALIGNMENT:
+            beside = y.contiguous()
+            add_mixture_triton(beside, x, self.rows, metadata, launch)
+            if beside.data_ptr() != y.data_ptr():
+                y.copy_(beside)
+            return
+        add_mixture_triton(y, x, self.rows, metadata, launch)
+
+
+def kernel_update(a: torch.Tensor, b: torch.Tensor, owners: Sequence[str], experts: Sequence[str]) -> KernelUpdate:
+    """One linear's update as the kernels read it, on the same memory where that is aligned.
 
     Args:
         a: [S, D].
@@ -66,20 +89,8 @@ class KernelUpdate:
         owners: digest of the expert of every row.
         experts: digests, in the order of packing.
     """
-
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, owners: Sequence[str], experts: Sequence[str]) -> None:
-        ranks = [owners.count(digest) for digest in experts]
-        if a.data_ptr() % _ALIGNMENT:
-            a = a.clone()
-        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(a.device)
-        self._rows: ExpertRows = expert_rows(PackedUpdate(a.contiguous(), b, owner), ranks)
-
-    def add(self, y: torch.Tensor, x: torch.Tensor, metadata: MixtureMetadata, launch: Launcher) -> None:
-        """Add to `y` [T, H], in place; its rows may be apart."""
-        if y.data_ptr() % _ALIGNMENT or y.stride(0) % _ALIGNMENT:
-            beside = y.contiguous()
-            add_mixture_triton(beside, x, self._rows, metadata, launch)
-            if beside.data_ptr() != y.data_ptr():
-                y.copy_(beside)
-            return
-        add_mixture_triton(y, x, self._rows, metadata, launch)
+    ranks = [owners.count(digest) for digest in experts]
+    if a.data_ptr() % _ALIGNMENT:
+        a = a.clone()
+    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(a.device)
+    return KernelUpdate(expert_rows(PackedUpdate(a.contiguous(), b, owner), ranks))

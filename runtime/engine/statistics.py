@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from runtime.memory.statistics import MemoryStatistics
 
 
+@dataclass(frozen=True)
+class GraphCounts:
+    """Of steps in which all sequences decode: replayed, run as without recording, and recordings made."""
+
+    replays: int = 0
+    fallbacks: int = 0
+    captures: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStatistics:
     """A snapshot.
@@ -32,6 +41,7 @@ class EngineStatistics:
         prefix_base_tokens: tokens that they did not have to compute below the experts.
         prefix_adapted_tokens: and from the experts' first layer on.
         prefix_bytes: of what is kept.
+        graphs: of recorded decode steps; all 0 where none are recorded.
     """
 
     generation: int
@@ -50,3 +60,4 @@ class EngineStatistics:
     prefix_base_tokens: int = 0
     prefix_adapted_tokens: int = 0
     prefix_bytes: int = 0
+    graphs: GraphCounts = GraphCounts()

@@ -31,6 +31,10 @@ class StepModel(Protocol):
         """Where it computes."""
 
     @property
+    def recordable(self) -> bool:
+        """Whether a decode step queues all its work on `device`, and asks neither it nor the host for anything."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the residual stream."""
 

@@ -12,5 +12,8 @@ WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
 StepKind = Literal["auto", "native", "torch"]
 """Who computes a step: our compiled code, torch's operations, or the first where it runs."""
 
+GraphKind = Literal["auto", "off"]
+"""Whether decode steps on CUDA devices are recorded once and replayed; see `runtime.engine.decode_graphs`."""
+
 DeviceKind = Literal["auto", "cpu", "cuda"]
 """Where a step is computed; "auto" is the first CUDA device where torch sees one."""

@@ -99,7 +99,7 @@ def _group(ids: torch.Tensor, num_experts: int) -> GroupedTables:
     num_tiles = -(-num_tokens // BLOCK_TOKENS)
     tile = torch.arange(num_tokens, device=ids.device) // BLOCK_TOKENS
     present = torch.zeros(num_tiles, num_experts + 1, dtype=torch.bool, device=ids.device)
-    present[tile.unsqueeze(1), keys[token_order]] = True
+    present.index_put_((tile.unsqueeze(1), keys[token_order]), present.new_ones(()))  # no scalar from the host
     present = present[:, :num_experts]
     listed = torch.where(present, experts[:num_experts], num_experts).sort(dim=1).values
     listed = listed[:, : min(num_experts, BLOCK_TOKENS * num_columns)]

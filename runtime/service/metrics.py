@@ -133,6 +133,9 @@ class _EngineCollector:
             "generated_tokens": ("Tokens generated.", now.tokens),
             "drafted_tokens": ("Tokens tried ahead of greedy answers.", now.drafted_tokens),
             "accepted_tokens": ("Of these, how many were right.", now.accepted_tokens),
+            "graph_replays": ("Decode steps that were replayed from a recording.", now.graphs.replays),
+            "graph_fallbacks": ("Decode steps that could not be, though steps are recorded.", now.graphs.fallbacks),
+            "graph_captures": ("Recordings made of decode steps.", now.graphs.captures),
             "stall_seconds": ("Seconds in which sequences waited for experts.", now.stall_s),
         }
         for name, (text, count) in counters.items():
