@@ -1,6 +1,8 @@
 // Attention of one new token to the cache of its own sequence, for the query heads that share a key/value head.
 // It knows nothing of layers or batches. Cache rows [context, width] are float or bfloat16; arithmetic is float.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
 
 // s[g][i] = q[g] . keys[i] for 16 keys, of which `count` are there. V vectors of 16 make a head; bfloat16 keys are
@@ -40,10 +42,24 @@ inline void score(const float*, const bf16* q, const bf16* keys, int64_t count, 
   for (int g = 0; g < G; ++g) s[g] = sum_each(parts[g]);
 }
 
+// The rows of a cache that will be read after these: asked for row by row meanwhile.
+template <class C>
+struct NextRows {
+  const C *keys, *values;
+  int64_t count;  // rows of each
+
+  template <int V>
+  static void fetch(const C* row) {
+    constexpr int64_t bytes = V * LANES * sizeof(C);
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + i, _MM_HINT_T0);
+  }
+};
+
 // out[h] = softmax(q[h] K^T / sqrt(width)) V for G heads of V vectors; q, out [G, width]; scores: scratch
 // [G, up(length, 16)].
 template <int G, int V, class C>
-inline void attend(const float* q, const C* keys, const C* values, int64_t length, float* scores, float* out) {
+inline void attend(const float* q, const C* keys, const C* values, int64_t length, NextRows<C> next, float* scores,
+                   float* out) {
   constexpr int64_t width = V * LANES;
   const int64_t padded = (length + LANES - 1) / LANES * LANES;
   const __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(float(width)));
@@ -53,6 +69,7 @@ inline void attend(const float* q, const C* keys, const C* values, int64_t lengt
   for (int g = 0; g < G; ++g) top[g] = _mm512_set1_ps(-1e30f);
   for (int64_t j = 0; j < padded; j += LANES) {
     const int64_t count = length - j < LANES ? length - j : LANES;
+    for (int64_t i = j; i < std::min(j + LANES, next.count); ++i) next.template fetch<V>(next.keys + i * width);
     score<G, V>(q, rounded, keys + j * width, count, s);
     const __mmask16 seen = count == LANES ? 0xffff : uint16_t((1u << count) - 1);
     for (int g = 0; g < G; ++g) {
@@ -81,6 +98,7 @@ inline void attend(const float* q, const C* keys, const C* values, int64_t lengt
       for (int k = 0; k < STRIP; ++k) sum[g][k] = _mm512_setzero_ps();
     for (int64_t j = 0; j < length; ++j) {
       const C* value = values + j * width + c * LANES;
+      if (c == 0 && j < next.count) next.template fetch<V>(next.values + j * width);
       __m512 p[G];
       for (int g = 0; g < G; ++g) p[g] = _mm512_set1_ps(scores[g * padded + j]);
       for (int k = 0; k < STRIP; ++k) {
@@ -98,16 +116,17 @@ inline void attend(const float* q, const C* keys, const C* values, int64_t lengt
 
 // The same for a number of heads known at run time.
 template <int V, class C>
-inline void attend(int64_t heads, const float* q, const C* keys, const C* values, int64_t length, float* scores,
-                   float* out) {
+inline void attend(int64_t heads, const float* q, const C* keys, const C* values, int64_t length, NextRows<C> next,
+                   float* scores, float* out) {
   while (heads > 0) {
     const int64_t now = heads >= 4 ? 4 : heads;
     switch (now) {
-      case 4: attend<4, V>(q, keys, values, length, scores, out); break;
-      case 3: attend<3, V>(q, keys, values, length, scores, out); break;
-      case 2: attend<2, V>(q, keys, values, length, scores, out); break;
-      default: attend<1, V>(q, keys, values, length, scores, out);
+      case 4: attend<4, V>(q, keys, values, length, next, scores, out); break;
+      case 3: attend<3, V>(q, keys, values, length, next, scores, out); break;
+      case 2: attend<2, V>(q, keys, values, length, next, scores, out); break;
+      default: attend<1, V>(q, keys, values, length, next, scores, out);
     }
+    next.count = 0;
     heads -= now;
     q += now * V * LANES;
     out += now * V * LANES;
@@ -117,16 +136,16 @@ inline void attend(int64_t heads, const float* q, const C* keys, const C* values
 // And for a width known at run time: one of those that callers know as HEAD_WIDTHS.
 template <class C>
 inline void attend(int64_t heads, const float* q, const C* keys, const C* values, int64_t length, int64_t width,
-                   float* scores, float* out) {
+                   NextRows<C> next, float* scores, float* out) {
   switch (width / LANES) {
-    case 1: return attend<1>(heads, q, keys, values, length, scores, out);
-    case 2: return attend<2>(heads, q, keys, values, length, scores, out);
-    case 3: return attend<3>(heads, q, keys, values, length, scores, out);
-    case 4: return attend<4>(heads, q, keys, values, length, scores, out);
-    case 5: return attend<5>(heads, q, keys, values, length, scores, out);
-    case 6: return attend<6>(heads, q, keys, values, length, scores, out);
-    case 8: return attend<8>(heads, q, keys, values, length, scores, out);
-    default: return attend<16>(heads, q, keys, values, length, scores, out);
+    case 1: return attend<1>(heads, q, keys, values, length, next, scores, out);
+    case 2: return attend<2>(heads, q, keys, values, length, next, scores, out);
+    case 3: return attend<3>(heads, q, keys, values, length, next, scores, out);
+    case 4: return attend<4>(heads, q, keys, values, length, next, scores, out);
+    case 5: return attend<5>(heads, q, keys, values, length, next, scores, out);
+    case 6: return attend<6>(heads, q, keys, values, length, next, scores, out);
+    case 8: return attend<8>(heads, q, keys, values, length, next, scores, out);
+    default: return attend<16>(heads, q, keys, values, length, next, scores, out);
   }
 }
 

@@ -79,6 +79,7 @@ inline float logit_of(const Part& part, int64_t c, const float* x, int64_t width
 
 // The k largest logits, softmax over them; ties go to the earlier column.
 inline void choose_top(const Part& part, const float* x, int64_t width, Pairs* pairs) {
+  if (part.end - part.begin == 1) return take(pairs, part.begin, float(part.share));  // softmax over one
   int64_t count = 0, column[MAX_K];
   float logits[MAX_K];
   for (int64_t c = 0; c < part.end - part.begin; ++c) {
@@ -145,16 +146,15 @@ inline void route(const MixtureLayer& layer, const float* x, int64_t width, Pair
 }
 
 // Bytes of the A of a column for one target.
-inline size_t bytes_of_a(const Column& column, Target target, int64_t width) {
-  return size_t(column.updates[target].rank * width) * (column.halves ? 2 : 4);
+inline int64_t bytes_of_a(const Column& column, Target target, int64_t width) {
+  return column.updates[target].rank * width * (column.halves ? 2 : 4);
 }
 
-// Note outputs begin .. end - 1 of a column's B.
-inline void note_b(Upcoming& upcoming, const Column& column, Target target, int64_t begin, int64_t end, int64_t outputs) {
+// Want outputs begin .. end - 1 of a column's B.
+inline void want_b(Strips& wanted, const Column& column, Target target, int64_t begin, int64_t end, int64_t outputs) {
   const Update& update = column.updates[target];
   const int64_t size = column.halves ? 2 : 4;
-  const char* b = static_cast<const char*>(update.b) + begin * size;
-  for (int64_t r = 0; r < update.rank; ++r) upcoming.add(b + r * outputs * size, size_t((end - begin) * size));
+  wanted.add(static_cast<const char*>(update.b) + begin * size, (end - begin) * size, update.rank, outputs * size);
 }
 
 // A token's input of an update: float, and the same rounded, or null where it must not be.
@@ -217,18 +217,28 @@ inline void shrink(const MixtureLayer& layer, const Pairs& pairs, Target target,
   }
 }
 
-// y[t][0 .. 16 N - 1] += sum_r inner[t][r] * B[r, o ..] for L tokens; the vectors of a token lie `apart` floats apart.
+// What `tokens` tokens that follow each other add to a linear from one expert.
+struct Use {
+  const void* b;       // [rank, outputs]
+  int64_t rank;
+  const float* inner;  // of the first token
+  int32_t tokens, at;  // how many, and the first one's place in its tile
+  bool halves;
+};
+
+// y[t][0 .. 16 N - 1] += sum_r inner[t][r] * b[r, ..] for L tokens. The inner values of a token lie `stride` floats from
+// those of the one before, its vectors of 16 outputs `apart` floats from one another.
 template <class W, int L, int N>
-inline void expand(const Update& update, const float* const inner[], int64_t o, int64_t outputs, float* y, int64_t apart) {
-  const W* b = static_cast<const W*>(update.b) + o;
+inline void expand(const W* b, int64_t rank, const float* inner, int64_t stride, int64_t outputs, float* y, int64_t apart) {
   __m512 sum[L][N];
   for (int t = 0; t < L; ++t)
     for (int i = 0; i < N; ++i) sum[t][i] = load(y + t * LANES + i * apart);
-  for (int64_t r = 0; r < update.rank; ++r, b += outputs) {
+#pragma GCC unroll 2
+  for (int64_t r = 0; r < rank; ++r, b += outputs) {
     __m512 row[N];
     for (int i = 0; i < N; ++i) row[i] = load(b + i * LANES);
     for (int t = 0; t < L; ++t) {
-      const __m512 factor = _mm512_set1_ps(inner[t][r]);
+      const __m512 factor = _mm512_set1_ps(inner[t * stride + r]);
       for (int i = 0; i < N; ++i) sum[t][i] = _mm512_fmadd_ps(row[i], factor, sum[t][i]);
     }
   }
@@ -236,19 +246,30 @@ inline void expand(const Update& update, const float* const inner[], int64_t o, 
     for (int i = 0; i < N; ++i) store(y + t * LANES + i * apart, sum[t][i]);
 }
 
-template <class W, int L>
-inline void expand(const Update& update, const float* const inner[], int64_t o, int64_t outputs, float* y, int64_t apart,
-                   int count) {
-  if (count == 4) return expand<W, L, 4>(update, inner, o, outputs, y, apart);
-  for (int i = 0; i < count; ++i) expand<W, L, 1>(update, inner, o + i * LANES, outputs, y + i * apart, apart);
+// The same for all tokens of a use, four at a time.
+template <class W, int N>
+inline void expand(const Use& use, int64_t o, int64_t stride, int64_t outputs, float* y, int64_t apart) {
+  const W* b = static_cast<const W*>(use.b) + o;
+  const float* inner = use.inner;
+  int64_t left = use.tokens;
+  for (; left >= 4; left -= 4, inner += 4 * stride, y += 4 * LANES) {
+    expand<W, 4, N>(b, use.rank, inner, stride, outputs, y, apart);
+  }
+  for (; left > 0; --left, inner += stride, y += LANES) expand<W, 1, N>(b, use.rank, inner, stride, outputs, y, apart);
 }
 
-// The same for as many tokens as share an expert, four at a time.
-template <class W>
-inline void expand(const Update& update, const float* const inner[], int64_t tokens, int64_t o, int64_t outputs, float* y,
-                   int64_t apart, int count) {
-  for (; tokens >= 4; tokens -= 4, inner += 4, y += 4 * LANES) {
-    expand<W, 4>(update, inner, o, outputs, y, apart, count);
+constexpr int LINES_PER_USE = 6;  // that come from memory while one use is added
+// What `count` uses add to N vectors of 16 outputs from o on. Meanwhile the memory at `ahead` is asked for, unless null,
+// and `ahead` goes on.
+template <int N>
+inline void expand(const Use* uses, int64_t count, int64_t o, int64_t stride, int64_t outputs, float* y, int64_t apart,
+                   const char*& ahead) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (ahead) {
+      for (int line = 0; line < LINES_PER_USE; ++line, ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T1);
+    }
+    float* to = y + uses[i].at * LANES;
+    if (uses[i].halves) expand<bf16, N>(uses[i], o, stride, outputs, to, apart);
+    else expand<float, N>(uses[i], o, stride, outputs, to, apart);
   }
-  for (; tokens > 0; --tokens, ++inner, y += LANES) expand<W, 1>(update, inner, o, outputs, y, apart, count);
 }

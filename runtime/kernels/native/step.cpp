@@ -64,6 +64,10 @@ struct alignas(64) Desk {
   std::vector<float> scores;
   std::vector<bf16> halves;
   Upcoming upcoming;
+  std::vector<Use> uses[3];            // of the experts, for each linear of a phase
+  std::vector<int32_t> tile_begin[3];  // where those of each tile begin, and the end
+  std::vector<const Column*> columns;  // what few tokens use, each once
+  const char* ahead;                   // weights of the base that come next, while experts are added; or null
 };
 
 // The linears of a layer that read the same input, with the widths of input and outputs.
@@ -205,11 +209,11 @@ struct Step {
     const MixtureLayer* layer = experts(index, t);
     if (!layer) return;
     const Pairs& pairs = m.s.pairs[t];
-    if (few()) {
+    if (few() && !layer->all) {  // until now nobody knew which
       for (int32_t p = 0; p < pairs.count; ++p) {
         for (Target target : targets) {
           const Column& column = layer->columns[pairs.column[p]];
-          ::fetch(column.updates[target].a, bytes_of_a(column, target, width));
+          ::fetch(column.updates[target].a, size_t(bytes_of_a(column, target, width)));
         }
       }
     }
@@ -220,36 +224,68 @@ struct Step {
   }
 
   // Whether tokens t and u use the same experts.
-  bool alike(int64_t index, int64_t t, int64_t u) const {
+  bool same(int64_t index, int64_t t, int64_t u) const {
     const Pairs &one = m.s.pairs[t], &other = m.s.pairs[u];
     if (experts(index, t) != experts(index, u) || one.count != other.count) return false;
     return std::equal(one.column, one.column + one.count, other.column);
   }
 
-  // Add to `count` vectors of 16 outputs from o on, of `tokens` tokens from t on, what their experts give; `outputs` is
-  // the width of a row of B. Tokens that follow each other and use the same experts share the loads of these.
-  void add(int64_t index, int64_t t, int64_t tokens, int which, Target target, int64_t o, int64_t outputs,
-           float (*y)[TILE][LANES], int count) const {
-    for (int64_t i = 0, next; i < tokens; i = next) {
-      next = i + 1;
-      const MixtureLayer* layer = experts(index, t + i);
-      if (!layer) continue;
-      while (next < tokens && alike(index, t + i, t + next)) ++next;
-      const Pairs& pairs = m.s.pairs[t + i];
-      for (int32_t p = 0; p < pairs.count; ++p) {
-        const Column& column = layer->columns[pairs.column[p]];
-        const Update& update = column.updates[target];
-        const float* inner[TILE];
-        for (int64_t k = i; k < next; ++k) inner[k - i] = shrunk(t + k, which) + p * m.s.max_rank;
-        constexpr int64_t apart = TILE * LANES;
-        if (column.halves) expand<bf16>(update, inner, next - i, o, outputs, y[0][i], apart, count);
-        else expand<float>(update, inner, next - i, o, outputs, y[0][i], apart, count);
+  // Note which experts each tile of tokens uses in the linears that come next; all are routed. Tokens that follow each
+  // other in a tile and use the same experts share the loads of these.
+  void sort_out(int64_t index, int rank, const Linears& linears) const {
+    Desk& desk = m.desks[rank];
+    for (auto& uses : desk.uses) uses.clear();
+    for (auto& begin : desk.tile_begin) begin.clear();
+    for (int64_t tile = 0; tile < tokens; tile += TILE) {
+      for (auto [which, end] = std::pair{size_t(0), linears.targets.size()}; which < end; ++which) {
+        desk.tile_begin[which].push_back(int32_t(desk.uses[which].size()));
       }
+      for (int64_t t = tile, next, end = std::min(tile + TILE, tokens); t < end; t = next) {
+        next = t + 1;
+        const MixtureLayer* layer = experts(index, t);
+        if (!layer) continue;
+        while (next < end && same(index, t, next)) ++next;
+        const Pairs& pairs = m.s.pairs[t];
+        for (int32_t p = 0; p < pairs.count; ++p) {
+          const Column& column = layer->columns[pairs.column[p]];
+          int which = 0;
+          for (const auto& [target, outputs] : linears.targets) {
+            const Update& update = column.updates[target];
+            const float* inner = shrunk(t, which) + p * m.s.max_rank;
+            if (update.rank) {
+              desk.uses[which].push_back(
+                  {update.b, update.rank, inner, int32_t(next - t), int32_t(t - tile), column.halves != 0});
+            }
+            ++which;
+          }
+        }
+      }
+    }
+    for (size_t which = 0; which < linears.targets.size(); ++which) {
+      desk.tile_begin[which].push_back(int32_t(desk.uses[which].size()));
+    }
+    desk.columns.clear();
+    if (few()) used(index, 0, tokens, BOTH, [&](const Column& column) { desk.columns.push_back(&column); });
+  }
+
+  // Add to `count` vectors of 16 outputs from o on, of the tile of tokens at t, what their experts give to a linear;
+  // `outputs` is the width of a row of B.
+  void add(Desk& desk, int64_t t, int which, int64_t o, int64_t outputs, float (*y)[TILE][LANES], int count) const {
+    const char*& ahead = desk.ahead;
+    const int32_t begin = desk.tile_begin[which][t / TILE], end = desk.tile_begin[which][t / TILE + 1];
+    const Use* uses = desk.uses[which].data() + begin;
+    const int64_t stride = 3 * m.s.max_k * m.s.max_rank;
+    constexpr int64_t apart = TILE * LANES;
+    switch (count) {
+      case 4: return expand<4>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
+      case 3: return expand<3>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
+      case 2: return expand<2>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
+      default: return expand<1>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
     }
   }
 
-  // Of which tokens the experts are meant: of those without a choice, of those that were routed, or of both.
-  enum Known { FIXED, ROUTED, BOTH };
+  // Of which tokens the experts are meant: of those without a choice, or of all, which are routed.
+  enum Known { FIXED, BOTH };
 
   // Calls work(column) for the experts of tokens begin .. end - 1 in a layer, once for each.
   template <class F>
@@ -260,7 +296,7 @@ struct Step {
       const MixtureLayer* layer = experts(index, t);
       if (!layer) continue;
       const bool fixed = layer->all != 0;
-      if (known != BOTH && (known == FIXED) != fixed) continue;
+      if (known == FIXED && !fixed) continue;
       const Pairs& pairs = m.s.pairs[t];
       for (int64_t p = 0; p < (fixed ? layer->count : pairs.count); ++p) {
         const Column* column = &layer->columns[fixed ? p : pairs.column[p]];
@@ -271,33 +307,58 @@ struct Step {
     }
   }
 
-  // Note what this thread will read of experts in the linears that come next: A for its tokens, B for its outputs.
+  // Ask for what says where the experts of a layer lie; `near` once it is known where that is.
+  void foresee(int64_t index, bool near) const {
+    if (!few() || !stage || index >= m.c.layers) return;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const MixtureLayer* layers = stage->rows[rows[t]].layers;
+      if (!layers) continue;
+      const MixtureLayer& layer = layers[index];
+      if (!near) {
+        _mm_prefetch(reinterpret_cast<const char*>(&layer), _MM_HINT_T0);
+      } else if (layer.count) {
+        ::fetch(layer.columns, sizeof(Column) * size_t(std::min<int64_t>(layer.count, 8)));
+        ::fetch(layer.parts, sizeof(Part) * size_t(std::min<int64_t>(layer.num_parts, 2)));
+      }
+    }
+  }
+
+  // Want the routers of this thread's tokens.
+  void expect_routers(int64_t index, int rank) const {
+    if (!few() || !stage || index >= m.c.layers) return;
+    const int size = m.team.size();
+    for (int64_t t = Share::begin(tokens, rank, size); t < Share::begin(tokens, rank + 1, size); ++t) {
+      const MixtureLayer* layer = experts(index, t);
+      for (int64_t i = 0; layer && i < layer->num_parts; ++i) {
+        const Part& part = layer->parts[i];
+        const int64_t columns = part.weighing == CONSTANT ? 0 : part.end - part.begin;
+        if (columns > 1) m.desks[rank].upcoming.phase.add(part.weight, columns * m.c.width * 4);
+      }
+    }
+  }
+
+  // Want the A of this thread's tokens for the linears that come next.
   void expect(int64_t index, int rank, Known known, const Linears& linears) const {
     if (!few() || !stage || index >= m.c.layers) return;
-    Upcoming& upcoming = m.desks[rank].upcoming;
     const int size = m.team.size();
     used(index, Share::begin(tokens, rank, size), Share::begin(tokens, rank + 1, size), known, [&](const Column& c) {
       for (const auto& [target, outputs] : linears.targets) {
-        upcoming.add(c.updates[target].a, bytes_of_a(c, target, linears.width));
+        m.desks[rank].upcoming.phase.add(c.updates[target].a, bytes_of_a(c, target, linears.width));
       }
     });
-    expect_b(index, rank, known, linears);
   }
 
-  void expect_b(int64_t index, int rank, Known known, const Linears& linears) const {
-    if (!few() || !stage) return;
-    Upcoming& upcoming = m.desks[rank].upcoming;
-    int64_t all = 0, begin = 0;
-    for (const auto& [target, outputs] : linears.targets) all += outputs;
-    const int64_t from = Share::begin(all, rank, m.team.size()), to = Share::begin(all, rank + 1, m.team.size());
-    const bool paired = linears.targets.size() == 2;  // gate and up alternate: a part of each
+  // Want the B of outputs begin .. end - 1 of linears, which follow each other, or alternate.
+  void expect_b(int rank, const Linears& linears, int64_t begin, int64_t end, bool alternate) const {
+    Desk& desk = m.desks[rank];
+    desk.upcoming.item.clear();
+    int64_t at = 0;
     for (const auto& [target, outputs] : linears.targets) {
-      const int64_t first = paired ? from / 2 : std::clamp<int64_t>(from - begin, 0, outputs);
-      const int64_t end = paired ? to / 2 : std::clamp<int64_t>(to - begin, 0, outputs);
-      if (first < end) {
-        used(index, 0, tokens, known, [&](const Column& c) { note_b(upcoming, c, target, first, end, outputs); });
+      const int64_t first = std::max<int64_t>(begin - at, 0), last = std::min(end - at, outputs);
+      if (first < last) {
+        for (const Column* column : desk.columns) want_b(desk.upcoming.item, *column, target, first, last, outputs);
       }
-      begin += outputs;
+      at += alternate ? 0 : outputs;
     }
   }
 
@@ -306,13 +367,21 @@ struct Step {
   // What it gets does not cross a multiple of `border` outputs. With `parts` 2 two matrices alternate block by block;
   // the products of the second then follow those of the first, RUN later.
   template <class Done>
-  void product(Share& share, int rank, const Matrix& matrix, const Input& in, int64_t border, int parts, Done&& done) const {
+  void product(Share& share, int rank, const Matrix& matrix, const Input& in, int64_t border, int parts,
+               const Linears* linears, Done&& done) const {
     const int64_t blocks = matrix.blocks / parts, per_border = std::max<int64_t>(1, border / LANES);
-    const int64_t run = stage ? RUN : 2, items = up(blocks, run) / run, tiles = up(tokens, TILE) / TILE;
+    const bool even = blocks % (RUN * m.team.size()) == 0;  // fewer pieces, but no thread with one more than another
+    const int64_t run = linears && even ? RUN : 2, items = up(blocks, run) / run, tiles = up(tokens, TILE) / TILE;
+    const int64_t asks = tiles * parts * (run / 2) * (up(matrix.groups, GROUPS) / GROUPS);  // in an item
     Upcoming& upcoming = m.desks[rank].upcoming;
-    upcoming.spread(items / m.team.size() * tiles * parts * up(matrix.groups, GROUPS) / GROUPS);
+    upcoming.phase.spread(items / m.team.size() * asks);
+    upcoming.item.clear();
     share.each(items, rank, [&](int64_t item) {
       const int64_t first = item * run, last = std::min(first + run, blocks);
+      if (linears && few()) {
+        expect_b(rank, *linears, first * LANES, last * LANES, parts == 2);
+        upcoming.item.spread(asks - asks / 4);
+      }
       const auto pieces = [&](auto&& each) {
         for (int64_t block = first, end; block < last; block = end) {
           end = std::min(last, (block / per_border + 1) * per_border);
@@ -330,31 +399,41 @@ struct Step {
           for (int64_t k = block - first * parts, j = 0; j < together; ++k, ++j) to[j] = out[k % parts * RUN + k / parts];
           multiply_tile(matrix, block, together, in, t, ahead, upcoming, to);
         }
+        const uint8_t* after = matrix.codes + last * parts * int64_t(matrix.block_bytes) + NEAR;
+        m.desks[rank].ahead = tiles == 1 ? reinterpret_cast<const char*>(after) : nullptr;
         pieces([&](int64_t block, int n) { done(block * LANES, t, count, out + (block - first), n); });
       }
     });
   }
 
+  // Where the keys or values of an item of the attention begin: one token's heads of one group.
+  int64_t plane(int64_t index, int64_t item) const {
+    const int64_t t = item / m.c.kv_heads, head = item % m.c.kv_heads;
+    return ((index * m.cache.slots + slots[t]) * m.c.kv_heads + head) * m.cache.context * m.c.head_width;
+  }
+
   template <class C>
-  void attend_head(int64_t index, int64_t t, int64_t head, float* scratch) const {
+  void attend_head(int64_t index, int64_t item, float* scratch) const {
     const Config& c = m.c;
-    const int64_t group = c.heads / c.kv_heads;
-    const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * c.head_width;
-    attend<C>(group, m.s.qkv + t * m.qkv_width() + head * group * c.head_width, static_cast<C*>(m.cache.keys) + plane,
-              static_cast<C*>(m.cache.values) + plane, positions[t] + 1, c.head_width, scratch,
+    const int64_t group = c.heads / c.kv_heads, t = item / c.kv_heads, head = item % c.kv_heads;
+    const C *keys = static_cast<C*>(m.cache.keys), *values = static_cast<C*>(m.cache.values);
+    NextRows<C> next{};
+    if (alone && item + 1 < tokens * c.kv_heads) {  // the machine itself sees where one token's rows go on
+      const int64_t after = plane(index, item + 1);
+      next = {keys + after, values + after, positions[(item + 1) / c.kv_heads]};
+    }
+    attend<C>(group, m.s.qkv + t * m.qkv_width() + head * group * c.head_width, keys + plane(index, item),
+              values + plane(index, item), positions[t] + 1, c.head_width, next, scratch,
               m.s.mixed + t * m.attention_width() + head * group * c.head_width);
   }
 
-  // Ask for what the next item of a phase will read: the machine itself sees where it goes on beyond some kilobytes.
+  // Ask for the first rows that this thread will attend to.
   template <class C>
   void fetch_cache(int64_t index, int64_t item) const {
-    const Config& c = m.c;
-    if (!alone || item >= tokens * c.kv_heads) return;
-    const int64_t t = item / c.kv_heads, head = item % c.kv_heads;
-    const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * c.head_width;
-    const size_t bytes = std::min<size_t>(size_t(positions[t] * c.head_width) * sizeof(C), 16384);
-    ::fetch(static_cast<C*>(m.cache.keys) + plane, bytes);
-    ::fetch(static_cast<C*>(m.cache.values) + plane, bytes);
+    if (!alone || item >= tokens * m.c.kv_heads) return;
+    const size_t bytes = size_t(std::min<int64_t>(positions[item / m.c.kv_heads], 16) * m.c.head_width) * sizeof(C);
+    ::fetch(static_cast<C*>(m.cache.keys) + plane(index, item), bytes);
+    ::fetch(static_cast<C*>(m.cache.values) + plane(index, item), bytes);
   }
 
   // Rotate the heads of one group and write its key and value.
@@ -373,9 +452,9 @@ struct Step {
     }
     if (!l.k_norm.empty()) norm(key, l.k_norm, c.epsilon, key);
     rotate(key, cos, sin, w);
-    const int64_t plane = ((index * m.cache.slots + slots[t]) * c.kv_heads + head) * m.cache.context * w;
-    C* to_key = static_cast<C*>(m.cache.keys) + plane + positions[t] * w;
-    C* to_value = static_cast<C*>(m.cache.values) + plane + positions[t] * w;
+    const int64_t begin = plane(index, t * c.kv_heads + head);
+    C* to_key = static_cast<C*>(m.cache.keys) + begin + positions[t] * w;
+    C* to_value = static_cast<C*>(m.cache.values) + begin + positions[t] * w;
     for (int64_t i = 0; i < w; i += LANES) {
       store(to_key + i, load(key + i));
       store(to_value + i, load(row + (c.heads + c.kv_heads + head) * w + i));
@@ -389,15 +468,14 @@ struct Step {
     const int64_t items = tokens * c.kv_heads;
     fetch_cache<C>(index, Share::begin(items, rank, m.team.size()));
     first.each(items, rank, [&](int64_t item) {
-      fetch_cache<C>(index, item + 1);
       m.desks[rank].upcoming.ask();
       place<C>(index, item / c.kv_heads, item % c.kv_heads);
-      if (alone) attend_head<C>(index, item / c.kv_heads, item % c.kv_heads, scratch);
+      if (alone) attend_head<C>(index, item, scratch);
     });
     m.team.barrier();
     if (alone) return;
     second.each(items, rank, [&](int64_t item) {
-      attend_head<C>(index, item / c.kv_heads, item % c.kv_heads, scratch);
+      attend_head<C>(index, item, scratch);
     });
     m.team.barrier();
   }
@@ -421,13 +499,17 @@ struct Step {
     clock.mark(0);
     const auto part_of = [&](int64_t o) { return o < q_width ? 0 : o < q_width + kv_width ? 1 : 2; };
     const int64_t begins[] = {0, q_width, q_width + kv_width}, widths[] = {q_width, kv_width, kv_width};
-    Upcoming& upcoming = m.desks[rank].upcoming;
-    upcoming.clear();
-    if (in_attention) expect(index, rank, BOTH, m.for_out);
-    product(share[1], rank, l.qkv, s.normed, c.head_width, 1,
+    Desk& desk = m.desks[rank];
+    Stretches& wanted = desk.upcoming.phase;
+    wanted.clear();
+    if (in_attention) {
+      sort_out(index, rank, m.for_qkv);
+      expect(index, rank, BOTH, m.for_out);
+    }
+    product(share[1], rank, l.qkv, s.normed, c.head_width, 1, in_attention ? &m.for_qkv : nullptr,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       const int part = part_of(o);
-      if (in_attention) add(index, t, n, part, Target(Q + part), o - begins[part], widths[part], y, count);
+      if (in_attention) add(desk, t, part, o - begins[part], widths[part], y, count);
       for (int64_t i = 0; i < n; ++i) {
         float* to = s.qkv + (t + i) * m.qkv_width() + o;
         for (int k = 0; k < count; ++k) {
@@ -438,8 +520,10 @@ struct Step {
     });
     m.team.barrier();
     clock.mark(1);
+    foresee(index + 1, false);
+    expect_routers(index, rank);
     expect(index, rank, FIXED, m.for_gate_up);  // experts of the FFN are half of all: it begins early
-    upcoming.spread(2 * up(tokens * c.kv_heads, m.team.size()) / m.team.size());
+    wanted.spread(2 * up(tokens * c.kv_heads, m.team.size()) / m.team.size());
     if (m.cache.halves) attention<bf16>(index, share[2], share[3], rank);
     else attention<float>(index, share[2], share[3], rank);
     clock.mark(2);
@@ -451,9 +535,10 @@ struct Step {
     });
     m.team.barrier();
     clock.mark(4);
-    product(share[5], rank, l.out, s.attended, c.width, 1,
+    if (in_attention) sort_out(index, rank, m.for_out);
+    product(share[5], rank, l.out, s.attended, c.width, 1, in_attention ? &m.for_out : nullptr,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
-      if (in_attention) add(index, t, n, 0, O, o, c.width, y, count);
+      if (in_attention) add(desk, t, 0, o, c.width, y, count);
       for (int64_t i = 0; i < n; ++i) {
         for (int k = 0; k < count; ++k) accumulate(hidden + (t + i) * c.width + o + k * LANES, y[k][i]);
       }
@@ -469,13 +554,14 @@ struct Step {
     });
     m.team.barrier();
     clock.mark(6);
-    upcoming.clear();
-    expect_b(index, rank, ROUTED, m.for_gate_up);
+    wanted.clear();
+    if (stage) sort_out(index, rank, m.for_gate_up);
+    foresee(index + 1, true);
     expect(index, rank, BOTH, m.for_down);
-    product(share[7], rank, l.gate_up, s.normed, c.ffn, 2,
+    product(share[7], rank, l.gate_up, s.normed, c.ffn, 2, stage ? &m.for_gate_up : nullptr,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
-      add(index, t, n, 0, GATE, o, c.ffn, y, count);
-      add(index, t, n, 1, UP, o, c.ffn, y + RUN, count);
+      if (stage) add(desk, t, 0, o, c.ffn, y, count);
+      if (stage) add(desk, t, 1, o, c.ffn, y + RUN, count);
       for (int64_t i = 0; i < n; ++i) {
         float* to = s.inner + (t + i) * c.ffn + o;
         for (int k = 0; k < count; ++k) store(to + k * LANES, _mm512_mul_ps(silu16(load(y[k][i])), load(y[RUN + k][i])));
@@ -490,11 +576,15 @@ struct Step {
     });
     m.team.barrier();
     clock.mark(8);
-    upcoming.clear();
-    if (in_attention) expect(index + 1, rank, FIXED, m.for_qkv);
-    product(share[9], rank, l.down, s.gated, c.width, 1,
+    wanted.clear();
+    if (in_attention) {
+      expect_routers(index + 1, rank);
+      expect(index + 1, rank, FIXED, m.for_qkv);
+    }
+    if (stage) sort_out(index, rank, m.for_down);
+    product(share[9], rank, l.down, s.gated, c.width, 1, stage ? &m.for_down : nullptr,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
-      add(index, t, n, 0, DOWN, o, c.width, y, count);
+      if (stage) add(desk, t, 0, o, c.width, y, count);
       for (int64_t i = 0; i < n; ++i) {
         for (int k = 0; k < count; ++k) accumulate(hidden + (t + i) * c.width + o + k * LANES, y[k][i]);
       }
@@ -599,14 +689,14 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
   for (auto& share : m.shares) share.reset();
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
   m.team.run([&](int rank) {
-    m.desks[rank].upcoming.clear();
+    m.desks[rank].upcoming.phase.clear();
     m.shares[0].each(tokens, rank, [&](int64_t t) {
       float* x = m.s.x + t * m.c.width;
       norm(hidden + t * m.c.width, m.final_norm, m.c.epsilon, x);
       prepare(m.head.kind, m.s.normed, t, x, m.c.width);
     });
     m.team.barrier();
-    step.product(m.shares[1], rank, m.head, m.s.normed, m.c.vocabulary, 1,
+    step.product(m.shares[1], rank, m.head, m.s.normed, m.c.vocabulary, 1, nullptr,
                  [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       for (int64_t i = 0; i < n; ++i) {
         for (int k = 0; k < count; ++k) put(logits + (t + i) * m.c.vocabulary, o + k * LANES, m.c.vocabulary, y[k][i]);
@@ -630,12 +720,12 @@ int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t to
   for (auto& share : m.shares) share.reset();
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
   m.team.run([&](int rank) {
-    m.desks[rank].upcoming.clear();
+    m.desks[rank].upcoming.phase.clear();
     m.shares[0].each(tokens, rank, [&](int64_t t) { prepare(matrix.kind, in, t, x + t * matrix.cols, matrix.cols); });
     m.team.barrier();
     const int parts = which == 2 ? 2 : 1;
     const int64_t rows = matrix.rows / parts;
-    step.product(m.shares[1], rank, matrix, in, rows, parts,
+    step.product(m.shares[1], rank, matrix, in, rows, parts, nullptr,
                  [&](int64_t o, int64_t t, int64_t n, float (*x)[TILE][LANES], int count) {
       for (int64_t i = 0; i < n; ++i) {
         for (int k = 0; k < parts * count; ++k) {
