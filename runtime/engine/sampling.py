@@ -96,7 +96,8 @@ class Sampler:
 
 def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Chosen | GreenroomError]:
     """The next token of each answer, or why it cannot have one, for logits [B, V] float32."""
-    best = logits.argmax(1).tolist()
+    # NumPy is ten times faster at this than torch on a CPU; both take the first of equal logits.
+    best = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(1).tolist()
     chosen: list[Chosen | GreenroomError] = []
     for sampler, token, row in zip(samplers, best, logits, strict=True):
         try:

@@ -178,13 +178,15 @@ inline void put_words(uint32_t* tile, int64_t lanes, int64_t lane, int64_t w, co
   for (int64_t i = 0; i < count; ++i) tile[(w + i) * lanes + lane] = values[i];
 }
 
-// x[t] -> its form for matrices of this kind; columns that pad are zero.
-inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64_t cols) {
+// x[t] -> its form for matrices of this kind, groups first .. last - 1 of it; columns that pad are zero. The tokens of a
+// tile share the lines that are written: two threads may do other groups of one tile, or other tiles.
+inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64_t cols, int64_t first_group,
+                    int64_t last_group) {
   const int64_t lanes = in.lanes(t), lane = t - in.begin(t);
   uint32_t* tile = in.words + in.begin(t) * in.words_of(kind);
   if (kind == FLOAT32 || kind == BFLOAT16) {
     const int64_t per = kind == FLOAT32 ? 1 : 2;
-    for (int64_t c = 0; c < in.stride; c += LANES) {
+    for (int64_t c = first_group * GROUP; c < last_group * GROUP; c += LANES) {
       const __m512 value = c < cols ? load(x + c) : _mm512_setzero_ps();
       if (kind == FLOAT32) {
         put_words(tile, lanes, lane, c, &value, LANES);
@@ -198,7 +200,7 @@ inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64
   }
   const int64_t groups = in.stride / GROUP;
   const int middle = kind == INT8 ? 128 : 8;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = first_group; g < last_group; ++g) {
     const int64_t begin = g * GROUP, end = std::min(begin + GROUP, cols);
     __m512 top = _mm512_setzero_ps();
     for (int64_t c = begin; c < end; c += LANES) top = _mm512_max_ps(top, _mm512_abs_ps(load(x + c)));

@@ -37,12 +37,13 @@ struct Scratch {
   int64_t tokens = 0;
   std::unique_ptr<Pages> pages;
   Input normed, attended, gated;  // of width D, heads * head width, F
-  float *x, *qkv, *mixed, *inner, *shrunk;
+  float *qkv, *mixed, *inner, *shrunk;
   Pairs* pairs;
   int64_t max_rank = 0, max_k = 0;
 };
 
 constexpr int PHASES = 10;
+constexpr int64_t FEW = 4 * TILE;  // tokens, up to which experts come from memory for every token
 constexpr int RUN = 4;  // blocks of one matrix that are computed together at most: so they share an expert's lines
 
 // Adds up how long each phase took, on the first thread.
@@ -63,6 +64,7 @@ struct Clock {
 struct alignas(64) Desk {
   std::vector<float> scores;
   std::vector<bf16> halves;
+  std::vector<float> normed;  // [FEW, D]
   Upcoming upcoming;
   std::vector<Use> uses[3];            // of the experts, for each linear of a phase
   std::vector<int32_t> tile_begin[3];  // where those of each tile begin, and the end
@@ -103,7 +105,10 @@ struct Model {
     for_down = {c.ffn, {{DOWN, c.width}}};
     shares.reserve(config.layers * PHASES + 1);
     while (shares.size() < shares.capacity()) shares.emplace_back(int(config.threads));
-    for (Desk& desk : desks) desk.halves.resize(std::max({c.width, c.ffn, attention_width()}));
+    for (Desk& desk : desks) {
+      desk.halves.resize(std::max({c.width, c.ffn, attention_width()}));
+      desk.normed.resize(FEW * c.width);
+    }
   }
 
   int64_t attention_width() const { return c.heads * c.head_width; }
@@ -154,7 +159,6 @@ void reserve(Model& m, int64_t tokens, int64_t max_rank, int64_t max_k) {
     s.normed = take_input(at, tokens, m.c.width);
     s.attended = take_input(at, tokens, m.attention_width());
     s.gated = take_input(at, tokens, m.c.ffn);
-    s.x = take<float>(at, tokens * m.c.width);
     s.qkv = take<float>(at, tokens * m.qkv_width());
     s.mixed = take<float>(at, tokens * m.attention_width());
     s.inner = take<float>(at, tokens * m.c.ffn);
@@ -185,7 +189,38 @@ struct Step {
   float* shrunk(int64_t t, int which) const { return m.s.shrunk + (t * 3 + which) * m.s.max_k * m.s.max_rank; }
 
   // Whether experts come from memory for every token; with many tokens the caches hold them anyway.
-  bool few() const { return tokens <= 4 * TILE; }
+  bool few() const { return tokens <= FEW; }
+
+  // Make every token's row(t) the input of a matrix, and call then(t). Threads share tiles if that deals them out
+  // evenly; else each takes some columns of all tokens, since the tokens of a tile share the lines that are written.
+  template <class Row, class Then>
+  void feed(Share& share, int rank, const Matrix& matrix, const Input& in, Row&& row, Then&& then) const {
+    const int64_t tiles = up(tokens, TILE) / TILE;
+    if (few() && tiles % m.team.size()) {
+      const int64_t first = Share::begin(matrix.groups, rank, m.team.size());
+      const int64_t last = Share::begin(matrix.groups, rank + 1, m.team.size());
+      for (int64_t t = 0; t < tokens; ++t) prepare(matrix.kind, in, t, row(t), matrix.cols, first, last);
+      share.each(tokens, rank, then);
+      return;
+    }
+    share.each(tiles, rank, [&](int64_t tile) {
+      for (int64_t t = tile * TILE; t < std::min((tile + 1) * TILE, tokens); ++t) {
+        prepare(matrix.kind, in, t, row(t), matrix.cols, 0, matrix.groups);
+        then(t);
+      }
+    });
+  }
+
+  // Where this thread has its copy of a token's normed row.
+  float* normed(int rank, int64_t t) const { return m.desks[rank].normed.data() + t % FEW * m.c.width; }
+
+  // Norms rows of `from` [tokens, D].
+  auto norming(int rank, const float* from, const std::vector<float>& weight) const {
+    return [this, rank, from, &weight](int64_t t) {
+      norm(from + t * m.c.width, weight, m.c.epsilon, normed(rank, t));
+      return normed(rank, t);
+    };
+  }
 
   // The experts of token t in a layer, or null.
   const MixtureLayer* experts(int64_t index, int64_t t) const {
@@ -489,11 +524,8 @@ struct Step {
     Scratch& s = m.s;
     const int64_t q_width = m.attention_width(), kv_width = c.kv_heads * c.head_width;
 
-    share[0].each(tokens, rank, [&](int64_t t) {
-      float* x = s.x + t * c.width;
-      norm(hidden + t * c.width, l.attention_norm, c.epsilon, x);
-      prepare(l.qkv.kind, s.normed, t, x, c.width);
-      if (in_attention) choose(index, t, rank, x, {Q, K, V});
+    feed(share[0], rank, l.qkv, s.normed, norming(rank, hidden, l.attention_norm), [&](int64_t t) {
+      if (in_attention) choose(index, t, rank, normed(rank, t), {Q, K, V});
     });
     m.team.barrier();
     clock.mark(0);
@@ -528,10 +560,9 @@ struct Step {
     else attention<float>(index, share[2], share[3], rank);
     clock.mark(2);
 
-    share[4].each(tokens, rank, [&](int64_t t) {
-      const float* x = s.mixed + t * q_width;
-      prepare(l.out.kind, s.attended, t, x, q_width);
-      if (in_attention) reduce(index, t, rank, x, q_width, {O});
+    const auto mixed = [&](int64_t t) { return s.mixed + t * q_width; };
+    feed(share[4], rank, l.out, s.attended, mixed, [&](int64_t t) {
+      if (in_attention) reduce(index, t, rank, mixed(t), q_width, {O});
     });
     m.team.barrier();
     clock.mark(4);
@@ -545,11 +576,8 @@ struct Step {
     });
     m.team.barrier();
     clock.mark(5);
-    share[6].each(tokens, rank, [&](int64_t t) {
-      float* x = s.x + t * c.width;
-      norm(hidden + t * c.width, l.ffn_norm, c.epsilon, x);
-      prepare(l.gate_up.kind, s.normed, t, x, c.width);
-      choose(index, t, rank, x, {GATE, UP});
+    feed(share[6], rank, l.gate_up, s.normed, norming(rank, hidden, l.ffn_norm), [&](int64_t t) {
+      choose(index, t, rank, normed(rank, t), {GATE, UP});
       if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
     });
     m.team.barrier();
@@ -569,11 +597,8 @@ struct Step {
     });
     m.team.barrier();
     clock.mark(7);
-    share[8].each(tokens, rank, [&](int64_t t) {
-      const float* x = s.inner + t * c.ffn;
-      prepare(l.down.kind, s.gated, t, x, c.ffn);
-      reduce(index, t, rank, x, c.ffn, {DOWN});
-    });
+    const auto inner = [&](int64_t t) { return s.inner + t * c.ffn; };
+    feed(share[8], rank, l.down, s.gated, inner, [&](int64_t t) { reduce(index, t, rank, inner(t), c.ffn, {DOWN}); });
     m.team.barrier();
     clock.mark(8);
     wanted.clear();
@@ -690,11 +715,7 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
   m.team.run([&](int rank) {
     m.desks[rank].upcoming.phase.clear();
-    m.shares[0].each(tokens, rank, [&](int64_t t) {
-      float* x = m.s.x + t * m.c.width;
-      norm(hidden + t * m.c.width, m.final_norm, m.c.epsilon, x);
-      prepare(m.head.kind, m.s.normed, t, x, m.c.width);
-    });
+    step.feed(m.shares[0], rank, m.head, m.s.normed, step.norming(rank, hidden, m.final_norm), [](int64_t) {});
     m.team.barrier();
     step.product(m.shares[1], rank, m.head, m.s.normed, m.c.vocabulary, 1, nullptr,
                  [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
@@ -721,7 +742,7 @@ int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t to
   const Step step{m, nullptr, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, true};
   m.team.run([&](int rank) {
     m.desks[rank].upcoming.phase.clear();
-    m.shares[0].each(tokens, rank, [&](int64_t t) { prepare(matrix.kind, in, t, x + t * matrix.cols, matrix.cols); });
+    step.feed(m.shares[0], rank, matrix, in, [&](int64_t t) { return x + t * matrix.cols; }, [](int64_t) {});
     m.team.barrier();
     const int parts = which == 2 ? 2 : 1;
     const int64_t rows = matrix.rows / parts;
