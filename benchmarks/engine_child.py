@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -107,12 +106,17 @@ class Bench:
             threads=threads,
             kernels=folder / "none",
         )
-        self._engines = {name: self._engine(name) for name in ("adapters", "mixtures")}
+        self._engines: dict[str, Engine] = {}
         self.start_s = time.perf_counter() - start
         self._count = 0
         self._prompts = [self._prompt(topic) for topic in TOPICS]
 
     def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            self._engines[name] = self._started(name)
+        return self._engines[name]
+
+    def _started(self, name: str) -> Engine:
         repertoire = Repertoire(self._folder / name)
         engine = Engine(
             self._model,
@@ -129,11 +133,12 @@ class Bench:
     def _prompt(self, topic: str) -> str:
         """Text of exactly 64 tokens."""
         text = f"Write a careful, detailed explanation about {topic} for a curious reader, with three examples. "
-        ids = self._base.tokenizer(text * 8, add_special_tokens=False)["input_ids"]
+        tokenizer = self._base.tokenizer.backend_tokenizer
+        ids = tokenizer.encode(text * 8, add_special_tokens=False).ids
         for length in range(PROMPT_TOKENS, len(ids)):
-            cut = self._base.tokenizer.decode(ids[:length])
-            if len(self._base.tokenizer(cut, add_special_tokens=False)["input_ids"]) == PROMPT_TOKENS:
-                return str(cut)
+            cut: str = tokenizer.decode(ids[:length])
+            if len(tokenizer.encode(cut, add_special_tokens=False).ids) == PROMPT_TOKENS:
+                return cut
         raise SystemExit(f"no text of {PROMPT_TOKENS} tokens about {topic}")
 
     def run(self, workload: str, new_tokens: int = NEW_TOKENS) -> dict[str, object]:
@@ -164,8 +169,8 @@ class Bench:
     def _run_cold(self) -> dict[str, object]:
         """Poisson arrivals of 32 requests of mixed lengths, 20 a second; no expert is in memory at first."""
         chance = random.Random(0)
-        self._engines["mixtures"].close()
-        self._engines["mixtures"] = self._engine("mixtures")
+        self._engines.pop("mixtures", self._engine("mixtures")).close()
+        self._engine("mixtures")
         start, asked = time.perf_counter(), []
         for i in range(32):
             asked.append(
@@ -189,7 +194,7 @@ class Bench:
             base_only=raw and adapter is None,
             sampling=SamplingParams(max_tokens=new_tokens, ignore_eos=True),
         )
-        self._engines[engine].submit(request, asked.sink)
+        self._engine(engine).submit(request, asked.sink)
         return asked
 
     @staticmethod
@@ -198,7 +203,7 @@ class Bench:
             "tokens_per_s": sum(len(each.times) for each in asked) / wall_s,
             "ttft_s": statistics.mean(each.times[0] for each in asked),
             "tpot_s": statistics.mean((each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in asked),
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_rss_mb": peak_mb(),
         }
 
     def profile(self, workload: str) -> dict[str, float]:
@@ -217,6 +222,12 @@ class Bench:
         """Stop."""
         for engine in self._engines.values():
             engine.close()
+
+
+def peak_mb() -> float:
+    """The largest resident set that this process has had; `ru_maxrss` would begin with that of who started it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def prepare(folder: Path) -> None:
