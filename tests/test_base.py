@@ -27,9 +27,9 @@ from runtime.model.base import (
     describe_base,
     known_base_folder,
     load_base,
-    quiet_transformers,
     resolve_base,
 )
+from runtime.model.base_tokenizer import quiet_transformers
 from runtime.model.smollm2 import GGUF_MEMBER, get_smollm2
 from runtime.model.stored_base import open_base
 

@@ -132,7 +132,7 @@ def test_an_opened_base_is_who_the_loaded_one_is(tmp_path: Path) -> None:
     assert opened.info == loaded.info
     assert opened.eos_token_ids == loaded.eos_token_ids == (2,)
     text = "the tin <|im_start|> ü"
-    assert opened.tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
+    assert opened.tokenizer.backend_tokenizer.encode(text).ids == loaded.tokenizer(text).input_ids
     assert opened.tokenizer.chat_template == loaded.tokenizer.chat_template
     again = opened.load(dtype=torch.float32, device=CPU)
     assert torch.equal(again.model.lm_head.weight, loaded.model.lm_head.weight)
@@ -238,9 +238,9 @@ print([name for name in sys.argv[2:] if name in sys.modules])
 """
 
 
-def test_serving_imports_no_model_of_transformers_and_no_compiler(tmp_path: Path) -> None:
+def test_serving_imports_no_transformers_and_no_compiler(tmp_path: Path) -> None:
     saved(CONFIGS["llama"](), tmp_path)
-    never = ["transformers.modeling_utils", "transformers.models.llama.modeling_llama", "torch._dynamo", "triton"]
+    never = ["transformers", "torch._dynamo", "triton"]
     never += ["accelerate", "peft", "sklearn", "pandas"]
     done = subprocess.run(
         [sys.executable, "-c", SERVE, str(tmp_path), *never], capture_output=True, text=True, check=True, timeout=120

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 
-import transformers
-
 from runtime.engine.direction import check_direction
 from runtime.engine.grammar import Grammars
 from runtime.engine.kv import KVCache
 from runtime.engine.request import Request
 from runtime.engine.sequence import Sequence, Sink
 from runtime.errors import DeadlineError, InvalidInputError
+from runtime.model.base_tokenizer import BaseTokenizer
 from runtime.model.chat import encode_chat
 from runtime.model.generation import Generation
 
@@ -33,7 +32,7 @@ class Arrival:
 
     def __init__(
         self,
-        tokenizer: transformers.PreTrainedTokenizerFast,
+        tokenizer: BaseTokenizer,
         cache: KVCache,
         grammars: Grammars,
         *,

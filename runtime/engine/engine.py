@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import transformers
 
 from runtime.engine.arrival import Arrival
 from runtime.engine.casting import Casting
@@ -44,6 +43,7 @@ from runtime.errors import (
 )
 from runtime.kernels.graph_capture import Capture
 from runtime.memory.visible import VisibleSets
+from runtime.model.base_tokenizer import BaseTokenizer
 from runtime.model.generation import Generation
 from runtime.model.repertoire import Repertoire
 
@@ -69,7 +69,7 @@ class Engine:
     def __init__(
         self,
         model: StepModel,
-        tokenizer: transformers.PreTrainedTokenizerFast,
+        tokenizer: BaseTokenizer,
         eos_token_ids: tuple[int, ...],
         *,
         repertoire: Repertoire,

@@ -11,11 +11,11 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-import transformers
-
 from runtime.engine.matcher import Matcher
 from runtime.engine.request import SamplingParams
 from runtime.errors import InvalidInputError
+from runtime.model.base_tokenizer import BaseTokenizer
+from runtime.model.tokenizer_copy import copied
 
 MAX_CACHED = 64
 BLANK = r"[ \n]?"
@@ -31,9 +31,7 @@ class Grammars:
         eos_token_ids: tokens that end an answer.
     """
 
-    def __init__(
-        self, tokenizer: transformers.PreTrainedTokenizerFast, *, vocab_size: int, eos_token_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._source = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
@@ -63,12 +61,12 @@ class Grammars:
     def _compile(self, field: str, text: str) -> Any:  # noqa: ANN401 - the library's own class
         try:
             import llguidance
-            import llguidance.hf
         except ImportError as error:
             raise InvalidInputError(field, text, "this server was installed without the extra `grammar`") from error
         if self._tokenizer is None:
             sizes = {"n_vocab": self._vocab_size, "eos_token": self._eos_token_ids}
-            self._tokenizer = llguidance.hf.from_tokenizer(self._source, **sizes)
+            serialised = copied(self._source.backend_tokenizer).to_str()
+            self._tokenizer = llguidance.LLTokenizer(serialised, **sizes)
         try:
             grammar = (
                 llguidance.LLMatcher.grammar_from_regex(text)

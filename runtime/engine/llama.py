@@ -8,10 +8,9 @@ only attention looks at sequences apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch.nn.functional import silu
 
 from runtime.engine.attention import AttentionPlan
@@ -24,6 +23,9 @@ from runtime.kernels.triton_metadata import MixtureMetadata
 from runtime.kernels.triton_mixture import Launcher
 from runtime.model.llama_source import FINAL_NORM, LlamaSource, ModuleSource
 from runtime.model.manifest import Target
+
+if TYPE_CHECKING:
+    import transformers
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 

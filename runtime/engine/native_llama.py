@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 
 from runtime.engine.attention import AttentionPlan
 from runtime.engine.explain import RouteWatch
@@ -28,6 +28,9 @@ from runtime.kernels.step_kinds import WeightKind
 from runtime.model.expert import Expert
 from runtime.model.llama_source import LlamaSource
 from runtime.model.mixture import Mixture, Router, RouterPart
+
+if TYPE_CHECKING:
+    import transformers
 
 _HEAD_ROWS = 2048  # read and packed at once: a whole vocabulary is large beside a layer
 

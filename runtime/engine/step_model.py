@@ -7,12 +7,12 @@ neither it nor our own step knows runs through its own modules.
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
-import transformers
 
 from runtime.engine.linears import Keep, keep_dense, keep_int4, keep_int8
 from runtime.engine.llama import LlamaModel, check_supported
@@ -26,6 +26,9 @@ from runtime.kernels.step_kinds import StepKind, WeightKind
 from runtime.kernels.triton_mixture import Launcher
 from runtime.model.llama_source import LlamaSource
 from runtime.model.stored_base import StoredBase
+
+if TYPE_CHECKING:
+    import transformers
 
 _log = logging.getLogger(__name__)
 _KEEP: dict[WeightKind, Keep] = {
@@ -90,7 +93,9 @@ def load_step_model(
             threads=threads,
             launch=mixture_launcher(device, kernels),
         )
-    del model
+    if isinstance(model, torch.nn.Module):  # its parts know each other
+        del model
+        gc.collect()
     give_back()
     return made
 

@@ -8,7 +8,6 @@ what other processes see of ours.
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +16,7 @@ _LARGE_BYTES, _USUAL_BYTES = 1 << 18, 1 << 25  # the second is what glibc's own 
 
 
 def give_back() -> None:
-    """Collect garbage, and return free pages of the heap where the C library can (glibc); else nothing."""
-    gc.collect()
+    """Return free pages of the heap where the C library can (glibc); else nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))

