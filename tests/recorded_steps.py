@@ -2,13 +2,15 @@
 
 It does not know what is recorded.
 Read first: as on a device, a replay decides nothing in Python and makes no tensor: every operation reads and writes the
-memory that it had when it was recorded. What a recording may not hold raises `NotRecordableError` while it is made:
-waiting for a value, shapes that follow from values, and tensors that are made of numbers of the host. Every replay is
-compared, bit for bit, with what the function does when it is run; so the function must be one that may be run again.
+memory that it had when it was recorded, and in between others use what is not its own. What a recording may not hold
+raises `NotRecordableError` while it is made: waiting for a value, shapes that follow from values, and tensors that are
+made of numbers of the host. Every replay is compared, bit for bit, with what the function does when it is run; so the
+function must be one that may be run again.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,15 +52,26 @@ class WrongReplayError(Exception):
 
 @dataclass
 class Recording:
-    """What one function did, in order; `names` are those of its operations, `changed` what it wrote that was there."""
+    """What one function did, in order.
+
+    Args:
+        run: the function.
+        actions: to do it again.
+        names: of its operations.
+        changed: what it wrote that was there before.
+        made: what it made, in memory that between two replays belongs to others.
+    """
 
     run: Callable[[], None]
     actions: list[Callable[[], None]] = field(default_factory=list)
     names: Counter[str] = field(default_factory=Counter)
     changed: list[torch.Tensor] = field(default_factory=list)
+    made: list[torch.Tensor] = field(default_factory=list)
 
     def replay(self) -> None:
         """Do it again, and check that the function itself leaves everything as that did."""
+        for tensor in self.made:
+            tensor.fill_(math.nan if tensor.is_floating_point() else 1)
         for action in self.actions:
             action()
         left = [tensor.clone() for tensor in self.changed]
@@ -127,6 +140,7 @@ class _Recorder(TorchDispatchMode):
                 self._recording.changed.append(args[0])
         elif not all(_address(tensor) in memory for tensor in outputs):
             self._made |= {_address(tensor) for tensor in outputs}
+            self._recording.made += outputs
             self._recording.actions.append(lambda: _again(func, args, kwargs, outputs))
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,9 @@ from recorded_steps import NotRecordableError, RecordedSteps, WrongReplayError
 from repertoires import Workshop
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from runtime.engine.attention import AttentionPlan
 from runtime.engine.decode_graphs import SPARE_SLOTS, DecodeGraphs
 from runtime.engine.engine import Engine
 from runtime.engine.kv import KVCache
@@ -88,6 +91,47 @@ def test_replayed_steps_answer_as_ever_while_sequences_join_leave_and_grow(
     assert plain.statistics().graphs == GraphCounts()
 
 
+def test_a_long_run_of_random_requests_is_replayed_step_by_step(kinds: Workshop, make_engine: MakeEngine) -> None:
+    chance = random.Random(0)
+    crowd: list[dict[str, Any]] = []
+    for _ in range(30):
+        route = chance.choice([{"task": "red"}, {"task": "green"}, {"task": "blue"}, {"base_only": True}])
+        crowd.append({"text": "y" * chance.randint(1, 150), "max_tokens": chance.randint(1, 40), **route})
+    recorded = RecordedSteps()
+    plain, replaying = make_engine(kinds, max_running=6), make_engine(kinds, max_running=6, capture=recorded)
+    assert_alike(told(kinds, ask_all(plain, crowd)), told(kinds, ask_all(replaying, crowd)))
+    assert replaying.statistics().graphs.fallbacks == 0
+    assert len(recorded.replays) > 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_every_base_of_our_own_step_is_recorded(config: Any, dtype: torch.dtype) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    source = AutoModelForCausalLM.from_config(config(**sizes, **heads, initializer_range=0.2), dtype=dtype)
+    model = LlamaModel(source, max_context=256)
+    caches = [
+        KVCache(model.kv_shape(), num_slots=4, budget_bytes=1 << 30, dtype=dtype, device=CPU, spare=SPARE_SLOTS)
+        for _ in range(2)
+    ]
+    layers, tokens = range(2), torch.randint(96, (3, 140)).tolist()
+    with torch.inference_mode():
+        graphs = DecodeGraphs(model, caches[0], LayerPacks(dtype=dtype, device=CPU), RecordedSteps())
+        for position in range(140):
+            now = [row[position] for row in tokens]
+            hidden = model.embed(torch.tensor(now))
+            plan = AttentionPlan([(slot, position) for slot in (2, 1, 4)], [], CPU)
+            model.run_layers(hidden, layers, plan, caches[1], None)
+            expected = model.logits(hidden)
+            speakers = [Speaker(slot, position, [token]) for slot, token in zip((2, 1, 4), now, strict=True)]
+            got = run(graphs, *speakers)
+            close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.5}
+            torch.testing.assert_close(got, expected, **close)
+    assert graphs.counts == GraphCounts(replays=140, captures=2)
+
+
 def test_tasks_take_turns_in_the_same_recording(three_tasks: Workshop, make_engine: MakeEngine) -> None:
     recorded = RecordedSteps()
     plain, replaying = make_engine(three_tasks), make_engine(three_tasks, capture=recorded)
@@ -103,7 +147,7 @@ def test_the_kernels_are_part_of_what_is_recorded(kinds: Workshop, make_engine: 
     plain = make_engine(kinds)
     model = partial(LlamaModel, launch=recorded.launch)
     replaying = make_engine(kinds, capture=recorded, model_class=model)
-    crowd = [{**wish, "max_tokens": 3, "text": wish["text"][:9]} for wish in CROWD[:6]]
+    crowd = [{**wish, "max_tokens": 3, "text": wish["text"][:1]} for wish in (CROWD[1], CROWD[2], CROWD[5])]
     assert_alike(told(kinds, ask_all(plain, crowd)), told(kinds, ask_all(replaying, crowd)))
     assert recorded.replays
     assert all(each.names["decode_shrink"] == each.names["decode_expand"] for each in recorded.recordings)
@@ -111,14 +155,14 @@ def test_the_kernels_are_part_of_what_is_recorded(kinds: Workshop, make_engine: 
 
 
 def test_more_tokens_than_the_decode_kernels_take_run_through_the_grouped_ones(
-    kinds: Workshop, make_engine: MakeEngine
+    three_tasks: Workshop, make_engine: MakeEngine
 ) -> None:
     recorded = RecordedSteps()
-    plain = make_engine(kinds, max_running=20)
+    plain = make_engine(three_tasks, max_running=20)
     model = partial(LlamaModel, launch=recorded.launch)
-    replaying = make_engine(kinds, capture=recorded, model_class=model, max_running=20)
+    replaying = make_engine(three_tasks, capture=recorded, model_class=model, max_running=20)
     crowd = [{"text": "abc"[: 1 + i % 3], "task": ("red", "green", "blue")[i % 3], "max_tokens": 2} for i in range(18)]
-    assert_alike(told(kinds, ask_all(plain, crowd)), told(kinds, ask_all(replaying, crowd)))
+    assert_alike(told(three_tasks, ask_all(plain, crowd)), told(three_tasks, ask_all(replaying, crowd)))
     assert any(each.names["grouped_expand"] for each in recorded.replays)
 
 

@@ -49,20 +49,25 @@ class CudaCapture:
         """Run it a few times on a side stream, then record it. Copies that other threads queue go on meanwhile."""
         try:
             with torch.cuda.device(self._device):
-                current = torch.cuda.current_stream()
-                self._stream.wait_stream(current)
-                with torch.cuda.stream(self._stream):
-                    for _ in range(_WARM_UPS):
-                        run()
-                current.wait_stream(self._stream)
-                torch.cuda.empty_cache()
-                before = torch.cuda.memory_reserved()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    run()
-                return Captured(graph.replay, max(0, torch.cuda.memory_reserved() - before))
+                return self._captured(run, torch.cuda.current_stream())
         except RuntimeError as error:
             raise UnsupportedDeviceError(f"device {self._device}: a step could not be recorded: {error}") from error
+
+    def _captured(self, run: Callable[[], None], current: torch.cuda.Stream) -> Captured:
+        try:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    run()
+            current.wait_stream(self._stream)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                run()
+            return Captured(graph.replay, max(0, torch.cuda.memory_reserved() - before))
+        finally:
+            torch.cuda.set_stream(current)  # a recording that fails leaves its own stream behind
 
 
 def step_capture(device: torch.device, kind: GraphKind) -> Capture | None:
