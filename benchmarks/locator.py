@@ -28,35 +28,37 @@ from greenroom.cli.places import cache_folder
 from runtime.model.base import load_base, resolve_base
 from runtime.model.density import density_shapes
 from runtime.model.locator import NEAREST, Locator, project
-from runtime.model.manifest import Density, LocatorEntry
+from runtime.model.manifest import Density, Feature, LocatorEntry
 from runtime.model.prompt import default_template
 from training.config import TrainingConfig
 from training.data import read_tasks
 from training.demo_data import write_demo_data
 from training.features import features
 from training.locator import fit_entry, low_rank_gaussian, make_background, make_frame
-from training.reference_prompts import reference_prompts
+from training.reference_prompts import reference_kinds, reference_prompts
 
 DENSITIES: tuple[Density, ...] = ("low_rank", "gaussian", "vae")
 NOISE = "0" * 64
+NUM_PARTS = 3
 
 
 def real_features(base_name: str, data: Path | None, *, per_task: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Features [B, D] of each task's prompts, and of the reference prompts, where a new repertoire reads them."""
+    """Features [B, 3 D] of each task, and of the reference prompts, in parts as a new repertoire has them."""
     folder = resolve_base(base_name, cache=cache_folder())
     base = load_base(folder, dtype=torch.float32, device=torch.device("cpu"))
     template, layer = default_template(base), base.info.num_layers // 3
+    kind: Feature = "residual_parts"
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
             data = Path(scratch) / "demo"
             write_demo_data(data)
         tasks = read_tasks(data)
     own = [
-        features(base, [template.encode(base.tokenizer, row.input) for row in task.train[:per_task]], layer)
+        features(base, [template.encode(base.tokenizer, row.input) for row in task.train[:per_task]], layer, kind=kind)
         for task in tasks
     ]
     reference = [template.encode(base.tokenizer, text) for text in reference_prompts()]
-    return own, features(base, reference, layer)
+    return own, features(base, reference, layer, kind=kind)
 
 
 def simulated(own: list[torch.Tensor], num_tasks: int, *, per_task: int) -> list[torch.Tensor]:
@@ -79,9 +81,11 @@ def locator_of(
 ) -> tuple[Locator, list[torch.Tensor]]:
     """A locator over all tasks, and held-out features of each; only `fitted` VAEs are trained, the rest perturbed."""
     config = replace(TrainingConfig(), locator_steps=200)
-    frame = make_frame(reference, seed=0, density=density)
     if density != "vae":
-        return _gaussian_locator(frame, tasks, reference, density)
+        return _gaussian_locator(tasks, reference, density)
+    width = reference.shape[1] // NUM_PARTS  # a VAE sees the first part
+    tasks, reference = [rows[:, :width] for rows in tasks], reference[:, :width]
+    frame = make_frame(reference, seed=0, density=density)
     trained = [
         fit_entry(frame, rows[:-4], reference, config, density=density, seed=i) for i, rows in enumerate(tasks[:fitted])
     ]
@@ -106,9 +110,10 @@ def locator_of(
 
 
 def _gaussian_locator(
-    frame: dict[str, torch.Tensor], tasks: list[torch.Tensor], reference: torch.Tensor, density: Density
+    tasks: list[torch.Tensor], reference: torch.Tensor, density: Density
 ) -> tuple[Locator, list[torch.Tensor]]:
     """All tasks fitted, none calibrated: the task is decided by the errors alone."""
+    frame = make_frame(reference, seed=0, density=density, kinds=reference_kinds(), num_parts=NUM_PARTS)
     record = LocatorEntry(digest=NOISE, mean=0.0, sd=1.0, threshold=1e9)
     entries = []
     for i, rows in enumerate(tasks):
@@ -145,14 +150,14 @@ def row_of(locator: Locator, held_out: list[torch.Tensor], *, repeats: int) -> d
         kept += best in asked
         right_all += best == i
         right += asked[int(errors[asked].argmin())] == i
-    numbers = sum(torch.Size(shape).numel() for shape in density_shapes(locator.density).values())
+    numbers = sum(torch.Size(shape).numel() for shape in density_shapes(locator.density, locator.width).values())
     return {
         "density": locator.density,
         "num_tasks": num_tasks,
         "ms_per_decision": round(decision_ms(locator, prompts), 3),
         "ms_per_decision_without_prefilter": round(decision_ms(all_asked, prompts), 3),
         "megabytes": round(4 * num_tasks * numbers / 1e6, 1),
-        "megabytes_touched": round(4 * (min(NEAREST, num_tasks) * numbers + num_tasks * 256) / 1e6, 2),
+        "megabytes_touched": round(4 * (min(NEAREST, num_tasks) * numbers + num_tasks * locator.width) / 1e6, 2),
         "prefilter_recall": kept / len(chosen),
         "located_right": right / len(chosen),
         "located_right_without_prefilter": right_all / len(chosen),

@@ -1,9 +1,10 @@
 """The locator on prompts of tasks that it knows and of tasks that it does not: who is located right, who is refused.
 
 It prints JSON rows and writes a file of them. No expert is trained: a locator sees prompts only.
-Read first: folders are split into tasks that are known and tasks that are not; then the two halves change places. After
-that every task in turn is the only one that is not known. Shares are means over tasks. A prompt of a known task is
-right where it is located at its task, so a refused one is wrong.
+Read first: folders are split into tasks that are known and tasks that are not; then the two halves change places. Then
+every task in turn is the only one that is not known, and at last half of all are known, drawn at random many times.
+Shares are means over tasks. A prompt of a known task is right where it is located at its task, so a refused one is
+wrong. A VAE sees the mean over the prompt, other densities see it in parts, each as a new repertoire would.
 
     python benchmarks/locator_unseen.py --data FOLDER --known a,b,c --lookalike a,b
 """
@@ -25,17 +26,19 @@ import torch
 
 from greenroom.cli.places import cache_folder
 from runtime.model.base import BaseModel, load_base, resolve_base
-from runtime.model.locator import Locator
-from runtime.model.manifest import Density, LocatorEntry
+from runtime.model.locator import Locator, num_parts
+from runtime.model.manifest import Density, Feature, LocatorEntry
 from runtime.model.prompt import default_template
 from training.config import TrainingConfig
 from training.data import Example, read_tasks
 from training.features import features
 from training.locator import fit_entry, make_background, make_frame
-from training.reference_prompts import reference_prompts
+from training.reference_prompts import reference_kinds, reference_prompts
 
 DENSITIES: tuple[Density, ...] = ("low_rank", "gaussian", "vae")
 NOBODY = "0" * 64
+KIND: Feature = "residual_parts"
+NUM_PARTS = num_parts(KIND)
 Features = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -47,13 +50,16 @@ def read_features(
 
     def drawn(rows: Sequence[Example], num: int) -> torch.Tensor:
         chosen = random.Random(0).sample(list(rows), min(num, len(rows)))
-        return features(base, [template.encode(base.tokenizer, row.input)[:max_tokens] for row in chosen], layer)
+        return features(
+            base, [template.encode(base.tokenizer, row.input)[:max_tokens] for row in chosen], layer, kind=KIND
+        )
 
     found = {}
     for task in read_tasks(data):
         found[task.name] = (drawn(task.train, train_rows), drawn(task.test, test_rows))
         print(json.dumps({"read": task.name}), file=sys.stderr, flush=True)
-    return found, features(base, [template.encode(base.tokenizer, text) for text in reference_prompts()], layer)
+    reference = [template.encode(base.tokenizer, text) for text in reference_prompts()]
+    return found, features(base, reference, layer, kind=KIND)
 
 
 class Fitted:
@@ -62,7 +68,14 @@ class Fitted:
     def __init__(self, seen: Features, reference: torch.Tensor, density: Density, config: TrainingConfig) -> None:
         self.density = density
         gaussian = density != "vae"
-        self.frame = make_frame(reference, seed=0, density=density)
+        if not gaussian:
+            width = reference.shape[1] // NUM_PARTS
+            seen = {task: (own[:, :width], asked[:, :width]) for task, (own, asked) in seen.items()}
+            reference = reference[:, :width]
+        self.seen = seen
+        self.frame = make_frame(
+            reference, seed=0, density=density, kinds=reference_kinds(), num_parts=NUM_PARTS if gaussian else 1
+        )
         self.background = make_background(self.frame, reference, unit_length=True) if gaussian else None
         self.entries = {}
         for i, (task, (own, _)) in enumerate(seen.items()):
@@ -106,9 +119,9 @@ def shares(locator: Locator, seen: Features) -> dict[str, dict[str, float]]:
     return found
 
 
-def row_of(fitted: Fitted, seen: Features, known: Sequence[str], lookalike: Sequence[str]) -> dict[str, object]:
+def row_of(fitted: Fitted, known: Sequence[str], lookalike: Sequence[str]) -> dict[str, object]:
     """One split."""
-    found = shares(fitted.locator(known), seen)
+    found = shares(fitted.locator(known), fitted.seen)
     alike = [task for task in known if task in lookalike]
     return {
         "density": fitted.density,
@@ -121,11 +134,11 @@ def row_of(fitted: Fitted, seen: Features, known: Sequence[str], lookalike: Sequ
     }
 
 
-def one_out(fitted: Fitted, seen: Features) -> dict[str, object]:
+def one_out(fitted: Fitted) -> dict[str, object]:
     """Every task in turn is the only one that is not known."""
     refused, false = {}, []
-    for task in seen:
-        found = shares(fitted.locator([other for other in seen if other != task]), seen)
+    for task in fitted.seen:
+        found = shares(fitted.locator([other for other in fitted.seen if other != task]), fitted.seen)
         refused[task] = round(found["refused_unseen"][task], 3)
         false.append(fmean(found["refused"].values()))
     return {
@@ -135,6 +148,16 @@ def one_out(fitted: Fitted, seen: Features) -> dict[str, object]:
         "abstain_recall": mean(list(refused.values())),
         "unseen": refused,
     }
+
+
+def at_random(fitted: Fitted, lookalike: Sequence[str], *, num_splits: int) -> dict[str, object]:
+    """Half of all tasks are known, drawn anew for every split."""
+    rng, tasks = random.Random(0), list(fitted.seen)
+    rows = [row_of(fitted, rng.sample(tasks, len(tasks) // 2), lookalike) for _ in range(num_splits)]
+    found: dict[str, object] = {"density": fitted.density, "known": f"{len(tasks) // 2} at random, {num_splits} times"}
+    for key in ("accuracy_distinct", "accuracy_lookalike", "false_abstain", "abstain_recall"):
+        found[key] = mean([float(str(row[key])) for row in rows if row[key] is not None])
+    return found
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -153,6 +176,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=300)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--splits", type=int, default=20, help="splits at random")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/locator_unseen.json"))
     chosen = parser.parse_args()
     started = time.monotonic()
@@ -164,7 +188,12 @@ def main() -> None:
     rows = []
     for density in chosen.densities:
         fitted = Fitted(seen, reference, density, TrainingConfig())
-        for made in (row_of(fitted, seen, known, alike), row_of(fitted, seen, others, alike), one_out(fitted, seen)):
+        for made in (
+            row_of(fitted, known, alike),
+            row_of(fitted, others, alike),
+            one_out(fitted),
+            at_random(fitted, alike, num_splits=chosen.splits),
+        ):
             rows.append(made)
             print(json.dumps(made), flush=True)
     result = {

@@ -31,7 +31,8 @@ from runtime.errors import ExportMismatchError, InvalidInputError
 from runtime.model.attach import decoder_layers
 from runtime.model.base import BaseModel
 from runtime.model.generation import Generation
-from runtime.model.locator import pool
+from runtime.model.locator import parts, pool
+from runtime.model.manifest import Feature
 from runtime.model.prompt import PromptTemplate
 
 GRAPH_NAME = "features.onnx"
@@ -71,7 +72,8 @@ def write_features(source: Source, folder: Path, on_progress: Progress) -> tuple
     random = [ids[0].tolist() for ids in random_prompts(base.info.vocab_size)]
     prompts = [*random, *(generation.template.encode(base.tokenizer, text) for text in texts)]
     on_progress(f"running the base on {len(prompts)} prompts")
-    exact = _torch_features(base, prompts, num_layers)
+    kind = generation.manifest.locator.feature
+    exact = _torch_features(base, prompts, num_layers, kind)
 
     on_progress(f"{GRAPH_NAME}: writing")
     codes = {name: encode(module.weight) for name, module in linears(base, num_layers).items()}
@@ -84,13 +86,13 @@ def write_features(source: Source, folder: Path, on_progress: Progress) -> tuple
     prefix = PromptTemplate(generation.template.prefix, "").encode(base.tokenizer, "")
     suffix = PromptTemplate("", generation.template.suffix).encode(base.tokenizer, "")
     facts: Facts = {
-        "feature": generation.manifest.locator.feature,
+        "feature": kind,
         "layer": num_layers,
         "prefix_ids": [*prefix],
         "suffix_ids": [*suffix],
         "max_tokens": base.model.config.max_position_embeddings,
     }
-    graph = llama_graph(base, num_layers)
+    graph = llama_graph(base, num_layers, kind)
     model = build_model(
         graph,
         llama_tensors(base, num_layers, codes),
@@ -101,7 +103,7 @@ def write_features(source: Source, folder: Path, on_progress: Progress) -> tuple
     _save(model, folder)
 
     on_progress(f"{GRAPH_NAME}: verifying in onnxruntime")
-    rounded = _torch_features(base, random, num_layers)
+    rounded = _torch_features(base, random, num_layers, kind)
     check = _compare(GRAPH_NAME, "features", _file_features(folder, random), rounded, TOLERANCE)
     stored = onnx.load_model(folder / GRAPH_NAME, load_external_data=False)
     code_activations(stored)
@@ -151,8 +153,8 @@ def _stop(_layer: object, inputs: tuple[torch.Tensor, ...]) -> None:
 
 
 @torch.no_grad()
-def _torch_features(base: BaseModel, prompts: Sequence[Sequence[int]], layer: int) -> Features:
-    """[D] of every prompt: what enters `layer`, pooled; the layers from there on are never run."""
+def _torch_features(base: BaseModel, prompts: Sequence[Sequence[int]], layer: int, kind: Feature) -> Features:
+    """[D] of every prompt: what enters `layer`, pooled or in parts; the layers from there on are never run."""
     features = []
     hook = decoder_layers(base.model)[layer].register_forward_pre_hook(_stop)
     try:
@@ -160,7 +162,8 @@ def _torch_features(base: BaseModel, prompts: Sequence[Sequence[int]], layer: in
             try:
                 base.model.model(input_ids=torch.tensor([ids]), use_cache=False)
             except _Reached as reached:
-                features.append(pool(reached.residual[0]))
+                seen, words = reached.residual[0], base.model.get_input_embeddings()(torch.tensor(ids))
+                features.append(parts(seen, words) if kind == "residual_parts" else pool(seen))
     finally:
         hook.remove()
     return features

@@ -16,6 +16,8 @@ from torch import nn
 from exporters.block_codes import BITS, BLOCK, Codes
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
+from runtime.model.locator import TAIL, num_parts
+from runtime.model.manifest import Feature
 
 DOMAIN = "com.microsoft"
 
@@ -116,7 +118,22 @@ _POOL = """
     last_token = Sub(num_tokens, second)
     start = Min(last_token, second)
     pooled_tokens = Slice({x}, start, num_tokens, first)
+"""
+
+_MEAN = """
     features = ReduceMean<keepdims = 1>(pooled_tokens, first)
+"""
+
+_PARTS = """
+    mean = ReduceMean<keepdims = 1>(pooled_tokens, first)
+    num_tail = Constant<value_ints = [{tail}]>()
+    before_tail = Sub(num_tokens, num_tail)
+    tail_start = Max(before_tail, first)
+    tail_tokens = Slice({x}, tail_start, num_tokens, first)
+    tail = ReduceMean<keepdims = 1>(tail_tokens, first)
+    words = Slice(embeddings, start, num_tokens, first)
+    words_mean = ReduceMean<keepdims = 1>(words, first)
+    features = Concat<axis = 1>(mean, tail, words_mean)
 """
 
 _LINEARS = {
@@ -156,8 +173,11 @@ def linears(base: BaseModel, num_layers: int) -> dict[str, nn.Linear]:
     return {f"l{i}_{name}": layers[i].get_submodule(path) for i in range(num_layers) for name, path in _LINEARS.items()}
 
 
-def llama_graph(base: BaseModel, num_layers: int) -> str:
-    """The graph in ONNX's textual syntax; `embeddings` [T, D] -> `features` [1, D], with float32 activations."""
+def llama_graph(base: BaseModel, num_layers: int, feature: Feature) -> str:
+    """The graph in ONNX's textual syntax; `embeddings` [T, D] -> `features` [1, D], with float32 activations.
+
+    In parts they are [1, 3 D].
+    """
     config, width = base.model.config, base.info.width
     head_size = config.head_dim
     sizes = {name: (module.in_features, module.out_features) for name, module in linears(base, num_layers).items()}
@@ -192,8 +212,10 @@ def llama_graph(base: BaseModel, num_layers: int) -> str:
             linear(f"l{i}_down", f"l{i}_ffn"),
             f"    hidden_{i + 1} = Add(l{i}_attended, l{i}_down)\n",
         ]
-    parts.append(_POOL.format(x=f"hidden_{num_layers}"))
-    return f"features (float[T, {width}] embeddings) => (float[1, {width}] features) {{{''.join(parts)}}}"
+    end = _POOL + (_PARTS if feature == "residual_parts" else _MEAN)
+    parts.append(end.format(x=f"hidden_{num_layers}", tail=TAIL))
+    wide = num_parts(feature) * width
+    return f"features (float[T, {width}] embeddings) => (float[1, {wide}] features) {{{''.join(parts)}}}"
 
 
 def code_activations(model: onnx.ModelProto) -> None:

@@ -28,14 +28,30 @@ _LINEARS = ("encode", "mu", "decode", "output")
 _PROJECT = """
     axis_middle = Constant<value_ints = [1]>()
     axis_features = Constant<value_ints = [2]>()
-    num_features = Constant<value_float = 256.0>()
     centred = Sub(features, frame_mean)
     normalised = Div(centred, frame_deviation)
     projected = MatMul(normalised, frame_projection)
 """
 
+_PROJECT_PARTS = """
+    axis_middle = Constant<value_ints = [1]>()
+    axis_features = Constant<value_ints = [2]>()
+    centred = Sub(features, frame_mean)
+    normalised = Div(centred, frame_deviation)
+    parts_shape = Constant<value_ints = [0, %d, %d]>()
+    row_parts = Reshape(normalised, parts_shape)
+    parts = Transpose<perm = [1, 0, 2]>(row_parts)
+    projected = MatMul(parts, frame_projection)
+"""
+
+_JOIN_PARTS = """
+    joined_shape = Constant<value_ints = [0, %d]>()
+    rows_projected = Transpose<perm = [1, 0, 2]>(parts_projected)
+    projected = Reshape(rows_projected, joined_shape)
+"""
+
 _UNIT_LENGTH = f"""
-    axis_dimensions = Constant<value_ints = [1]>()
+    axis_dimensions = Constant<value_ints = [-1]>()
     least_length = Constant<value_float = {LEAST_LENGTH}>()
     wanted_length = Constant<value_float = {PROJECTED**0.5}>()
     free_squares = Mul(free, free)
@@ -171,9 +187,14 @@ def _graph(locator: Locator) -> str:
     errors = _ERRORS[locator.density]
     if locator.background is not None:
         errors = errors.replace("    errors = ", "    task_errors = ") + _BACKGROUND
-    seen = _PROJECT
+    projection = locator.frame["projection"]
+    in_parts = projection.dim() == 3
+    seen = _PROJECT_PARTS % projection.shape[:2] if in_parts else _PROJECT
     if locator.unit_length:
         seen = seen.replace("    projected = ", "    free = ") + _UNIT_LENGTH
+    if in_parts:
+        seen = seen.replace("    projected = ", "    parts_projected = ") + _JOIN_PARTS % locator.width
+    seen += f"    num_features = Constant<value_float = {float(locator.width)}>()\n"
     body = seen + errors + _SCORES[locator.score] + decision + margin
     return f"locator (float[B, {width}] features) => ({outputs}) {{{body}}}"
 
@@ -183,7 +204,7 @@ def _tensors(locator: Locator) -> dict[str, torch.Tensor]:
     tensors |= _density_tensors(locator)
     if locator.background is not None:
         tensors |= {f"background_{name}": tensor for name, tensor in locator.background.items()}
-        tensors["background_precision"] = locator.background["precision"].unsqueeze(1)  # [256, 1]
+        tensors["background_precision"] = locator.background["precision"].unsqueeze(1)  # [P, 1]
     tensors["threshold"] = locator.thresholds
     if locator.score != "raw":
         tensors |= {"error_mean": locator.means, "error_sd": locator.deviations}
@@ -192,10 +213,10 @@ def _tensors(locator: Locator) -> dict[str, torch.Tensor]:
 
 def _density_tensors(locator: Locator) -> dict[str, torch.Tensor]:
     if locator.density != "vae":
-        tensors = {"mean": locator.prototypes.unsqueeze(0)}  # [1, N, 256]
+        tensors = {"mean": locator.prototypes.unsqueeze(0)}  # [1, N, P]
         if locator.density == "low_rank":
             tensors |= {name: locator.stacked[name][:, 0].contiguous() for name in ("precision", "volume")}  # [N]
-            tensors["directions"] = locator.stacked["directions"].transpose(1, 2).contiguous()  # [N, 256, R]
+            tensors["directions"] = locator.stacked["directions"].transpose(1, 2).contiguous()  # [N, P, R]
             tensors["gains"] = locator.stacked["gains"].unsqueeze(1).contiguous()  # [N, 1, R]
         return tensors
     tensors = {}
@@ -251,6 +272,11 @@ def _features(locator: Locator, size: int, generator: torch.Generator) -> torch.
         latent = torch.randn(len(locator.tasks), size, LATENT, generator=generator)
         decoded = decode(locator.stacked, latent)[tasks, rows]  # [B, 256]
     else:
-        decoded = locator.prototypes[tasks] + 0.1 * torch.randn(size, PROJECTED, generator=generator)
-    normalised = torch.where((rows % 3 == 2).unsqueeze(1), noise, decoded @ torch.linalg.pinv(projection))
+        decoded = locator.prototypes[tasks] + 0.1 * torch.randn(size, locator.width, generator=generator)
+    inverse = torch.linalg.pinv(projection)  # [256, D], of parts [3, 256, D]
+    if inverse.dim() == 3:
+        near = torch.einsum("bpe,ped->bpd", decoded.view(size, -1, PROJECTED), inverse).flatten(1)
+    else:
+        near = decoded @ inverse
+    normalised = torch.where((rows % 3 == 2).unsqueeze(1), noise, near)
     return mean + deviation * normalised

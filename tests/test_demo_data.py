@@ -23,7 +23,7 @@ from runtime.errors import InvalidInputError
 from runtime.model.names import check_name
 from training.data import Example, read_tasks
 from training.demo_data import DEMO_TASKS, INTENTS, NUM_TEST, NUM_TRAIN, demo_examples, write_demo_data
-from training.reference_prompts import reference_prompts
+from training.reference_prompts import reference_kinds, reference_prompts
 
 REFERENCE_SHA256 = "840bb97f517589bcfa8858c901f6801385fa103e187bf870836d87065b60c07a"
 MONTHS = tuple(month[:3].lower() for month in calendar.month_name[1:])
@@ -130,6 +130,13 @@ def test_reference_prompts_are_many_different_and_never_change() -> None:
     assert 550 <= len(set(prompts)) == len(prompts) <= 700
     assert all(text.strip() and len(text) < 160 for text in prompts)
     assert hashlib.sha256("\n".join(prompts).encode()).hexdigest() == REFERENCE_SHA256
+
+
+def test_every_reference_prompt_is_of_a_kind_and_kinds_stand_together() -> None:
+    kinds = dict(zip(reference_prompts(), reference_kinds(), strict=True))
+    assert list(kinds.values()) == sorted(kinds.values())
+    assert set(kinds.values()) == set(range(max(kinds.values()) + 1))
+    assert kinds["yes please"] == kinds["are you a robot"] != kinds["yes, at 7 am"]
 
 
 def test_reference_prompts_share_no_sentence_with_the_demo_tasks() -> None:

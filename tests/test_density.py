@@ -243,6 +243,23 @@ def test_a_whitened_frame_makes_the_reference_round_and_stays_when_tasks_come() 
     assert torch.equal(frame["projection"], make_frame(reference, seed=1, density="gaussian")["projection"])
 
 
+@pytest.mark.parametrize("num", [3, 20, 60, 200])
+def test_a_low_rank_gaussian_of_few_rows_is_that_of_their_covariance(num: int) -> None:
+    rows = points(num, 4) * torch.linspace(0.2, 3, PROJECTED)
+    found = low_rank_gaussian(rows)
+    covariance = 0.4 * torch.cov(rows.double().t()) + 0.6 * torch.eye(PROJECTED, dtype=torch.float64)
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(covariance))
+    rest = values[32:].mean()
+    torch.testing.assert_close(found["precision"].double(), (1 / rest).reshape(1))
+    torch.testing.assert_close(found["gains"].double(), 1 / rest - 1 / values[:32], rtol=1e-4, atol=1e-6)
+    wanted = values[:32].log().sum() + (PROJECTED - 32) * rest.log()
+    torch.testing.assert_close(found["volume"].double(), wanted.reshape(1), rtol=1e-5, atol=1e-4)
+    asked = points(5, 7).double()
+    along = (asked @ found["directions"].double().t()).square() @ found["gains"].double()
+    straight = (asked @ vectors[:, :32]).square() @ (1 / rest - 1 / values[:32])
+    torch.testing.assert_close(along, straight, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("width", [64, PROJECTED, 576])
 @pytest.mark.parametrize("density", DENSITIES)
 def test_a_frame_of_any_width_can_be_saved(density: Density, width: int) -> None:
@@ -257,6 +274,8 @@ def test_a_frame_of_any_width_can_be_saved(density: Density, width: int) -> None
 
 def test_errors_of_a_vae_are_no_likelihoods_so_a_manifest_takes_no_background_with_them() -> None:
     given: dict[str, Any] = {"frame": "ab" * 32, "feature": "residual_mean", "layer": 2, "score": "raw"}
+    with pytest.raises(ValueError, match="feature=residual_parts: the density must be"):
+        LocatorRef(**{**given, "feature": "residual_parts"}, density="vae")
     taken = LocatorRef(**given, density="low_rank", background="cd" * 32)
     assert taken.blob_digests() == {"ab" * 32, "cd" * 32}
     with pytest.raises(ValueError, match="background: errors of a vae"):

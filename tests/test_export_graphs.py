@@ -52,7 +52,7 @@ def random_locator(num_tasks: int, score: str) -> Locator:
 
 
 def noise(locator: Locator, size: int) -> torch.Tensor:
-    features = torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(size))
+    features = torch.randn(size, locator.frame["mean"].shape[0], generator=torch.Generator().manual_seed(size))
     return locator.frame["mean"] + locator.frame["deviation"] * features
 
 
@@ -95,28 +95,42 @@ def generation(three_tasks: Workshop) -> Generation:
 # ---- onnx-locator
 
 
-def gaussian_locator(num_tasks: int, density: Density, score: Score, *, contrast: bool = False) -> Locator:
+def gaussian_locator(
+    num_tasks: int, density: Density, score: Score, *, contrast: bool = False, in_parts: bool = False
+) -> Locator:
     frame = random_locator(1, "raw").frame
+    if in_parts:
+        tripled = {name: frame[name].repeat(3) for name in ("mean", "deviation")}
+        frame = {**tripled, "projection": torch.stack([frame["projection"].roll(i, 1) for i in range(3)])}
+    width = 768 if in_parts else 256
     entries = []
     for task in range(num_tasks):
-        rows = torch.randn(60, 256, generator=torch.Generator().manual_seed(task)) + task / 4
+        rows = torch.randn(60, width, generator=torch.Generator().manual_seed(task)) + task / 4
         tensors = low_rank_gaussian(rows) if density == "low_rank" else {"mean": rows.mean(0)}
         entries.append((f"task-{task}", tensors, LocatorEntry(digest="0" * 64, mean=0.8, sd=0.3, threshold=1.0)))
     generator = torch.Generator().manual_seed(99)
-    shapes = background_shapes().items()
+    shapes = background_shapes(width).items()
     background = {name: torch.rand(shape, generator=generator) + 0.5 for name, shape in shapes} if contrast else None
     locator = Locator(frame, entries, score=score, density=density, background=background, unit_length=contrast)
     locator.thresholds = locator.errors(noise(locator, 101)).median(0).values
     return locator
 
 
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
 @pytest.mark.parametrize("contrast", [False, True], ids=["alone", "against a background"])
 @pytest.mark.parametrize("density", ["gaussian", "low_rank"])
 @pytest.mark.parametrize(("num_tasks", "score"), [(1, "raw"), (4, "raw"), (4, "z")])
 def test_the_locator_graph_of_gaussians_says_what_the_locator_says(
-    generation: Generation, tmp_path: Path, density: Density, num_tasks: int, score: Score, *, contrast: bool
+    generation: Generation,
+    tmp_path: Path,
+    density: Density,
+    num_tasks: int,
+    score: Score,
+    *,
+    contrast: bool,
+    in_parts: bool,
 ) -> None:
-    locator = gaussian_locator(num_tasks, density, score, contrast=contrast)
+    locator = gaussian_locator(num_tasks, density, score, contrast=contrast, in_parts=in_parts)
     write_locator(with_locator(generation, locator), tmp_path, quiet)
     features = noise(locator, 20)
     got = run(tmp_path / "locator.onnx", features=features)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,10 @@ from runtime.model.base import BaseModel, load_base
 from runtime.model.generation import open_generation
 from runtime.model.locator import pool
 from runtime.model.repertoire import Repertoire
+from training.config import TrainingConfig
+from training.data import Example, TaskData
+from training.features import features
+from training.grow import add_task
 
 CPU = torch.device("cpu")
 PROMPTS = ["aaaa bbbb cccc", "12 34 56", "?", "", "<|im_end|> the <|im_start|>", "the theatre, the actors\n", "é中😀"]
@@ -100,6 +105,27 @@ def test_features_can_be_read_at_any_layer(
         workshop.publish(name, prototype)
     locations = PromptLocator(export_both(workshop, tiny_base_folder)).locate(list(prototypes.values()))
     assert [location.task for location in locations] == list(prototypes)
+
+
+def test_features_in_parts_are_read_as_torch_reads_them(
+    tmp_path: Path, tiny_base: BaseModel, tiny_base_folder: Path
+) -> None:
+    repertoire = Repertoire(tmp_path / "repertoire")
+    config = TrainingConfig(first_layer=2, max_steps=1, rank=2, locator_false_abstain=0.0)
+    words = {"animals": "cow goat hen owl fox", "digits": "12 305 77 4096 8"}
+    for name, some in words.items():
+        rows = tuple(Example(" ".join(random.Random(i).choices(some.split(), k=3 + i % 3)), "x") for i in range(40))
+        add_task(repertoire, tiny_base, TaskData(name, rows, rows[:2]), config)
+    generation = open_generation(repertoire)
+    assert generation.manifest.locator.feature == "residual_parts"
+    prompts = ["", "a", *words.values(), "12 77 305", "owl fox"]
+    locations = PromptLocator(export_both(Workshop(tiny_base, repertoire), tiny_base_folder)).locate(prompts)
+    ids = [generation.template.encode(tiny_base.tokenizer, prompt) for prompt in prompts]
+    wanted = generation.locator.locate(features(tiny_base, ids, 2, kind="residual_parts"))
+    assert [location.task for location in locations] == [decision.task for decision in wanted]
+    assert {location.task for location in locations} >= set(words)
+    for location, decision in zip(locations, wanted, strict=True):
+        assert dict(location.scores) == pytest.approx(dict(decision.scores), rel=0.1, abs=0.05)
 
 
 def test_prompts_that_cannot_be_located_are_refused(exported: Path) -> None:

@@ -12,13 +12,13 @@ from runtime.errors import InvalidInputError
 from runtime.model.attach import decoder_layers
 from runtime.model.base import BaseModel
 from runtime.model.density import vae_shapes
-from runtime.model.locator import Locator, frame_shapes, pool
+from runtime.model.locator import Locator, frame_shapes, pool, project
 from runtime.model.manifest import Density, LocatorEntry
 from runtime.model.prompt import default_template
 from training.config import TrainingConfig
 from training.features import features
 from training.locator import calibrate, fit_entry, make_background, make_frame
-from training.reference_prompts import reference_prompts
+from training.reference_prompts import reference_kinds, reference_prompts
 
 LAYER = 2
 CONFIG = TrainingConfig(locator_steps=150, locator_false_abstain=0.02)
@@ -68,6 +68,44 @@ def test_features_are_the_pooled_residual_stream_that_enters_the_layer(tiny_base
     torch.testing.assert_close(features(tiny_base, [prompt], layer)[0], pool(states[layer][0]), rtol=0, atol=1e-6)
 
 
+def test_a_feature_in_parts_holds_prompt_tail_and_words(tiny_base: BaseModel) -> None:
+    for prompt in (*prompts(tiny_base, DIGIT_WORDS, num=2, seed=0), [5], [7, 9]):
+        found = features(tiny_base, [prompt], LAYER, kind="residual_parts")[0]
+        with torch.no_grad():
+            states = tiny_base.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        words, stream = (states[layer][0] for layer in (0, LAYER))
+        inner = slice(min(1, len(prompt) - 1), None)
+        wanted = torch.cat([stream[inner].mean(0), stream[-6:].mean(0), words[inner].mean(0)])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_every_part_of_a_feature_is_projected_and_brought_to_length_by_itself() -> None:
+    generator = torch.Generator().manual_seed(5)
+    parts = [torch.randn(300, 64, generator=generator) * spread + spread for spread in (0.1, 1.0, 30.0)]
+    together, kinds = torch.cat(parts, 1), [i % 9 for i in range(300)]
+    frame = make_frame(together, seed=0, density="low_rank", kinds=kinds, num_parts=3)
+    assert {name: tuple(tensor.shape) for name, tensor in frame.items()} == frame_shapes(64, "residual_parts")
+    alone = [make_frame(part, seed=0, density="low_rank", kinds=kinds) for part in parts]
+    for unit_length in (False, True):
+        wanted = [project(one, part, unit_length=unit_length) for one, part in zip(alone, parts, strict=True)]
+        found = project(frame, together, unit_length=unit_length)
+        torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frame_makes_prompts_of_one_kind_round_and_keeps_kinds_apart() -> None:
+    generator = torch.Generator().manual_seed(6)
+    kinds = torch.arange(4000) % 20
+    centres = torch.zeros(20, 16)
+    centres[:, 3] = torch.arange(20.0)
+    rows = centres[kinds] + torch.randn(4000, 16, generator=generator) * torch.linspace(0.5, 4, 16)
+    frame = make_frame(rows, seed=0, density="gaussian", kinds=kinds.tolist())
+    seen = project(frame, rows)[:, :16].var(0)
+    assert float(seen[0] / seen[1:].max()) > 5
+    assert float(seen[1:].max() / seen[1:].min()) < 1.2
+    one_kind = project(make_frame(rows, seed=0, density="gaussian"), rows)[:, :16].var(0)
+    assert float(one_kind.max() / one_kind.min()) < 1.2
+
+
 def test_a_feature_does_not_depend_on_the_batch_it_is_computed_in(tiny_base: BaseModel) -> None:
     some = [*prompts(tiny_base, ANIMAL_WORDS, num=9, seed=5), [1], list(range(3, 200))]
     alone = torch.cat([features(tiny_base, [prompt], LAYER) for prompt in some])
@@ -102,7 +140,7 @@ def test_a_frame_follows_from_reference_and_seed_alone() -> None:
 
 @pytest.mark.parametrize("density", ["vae", "gaussian", "low_rank"])
 def test_two_different_tasks_are_told_apart_and_noise_is_neither(tiny_base: BaseModel, density: Density) -> None:
-    frame = make_frame(reference(tiny_base), seed=0, density=density)
+    frame = make_frame(reference(tiny_base), seed=0, density=density, kinds=reference_kinds())
     words = {"animals": ANIMAL_WORDS, "digits": DIGIT_WORDS}
     entries = [entry(tiny_base, frame, name, some, density) for name, some in words.items()]
     background = background_of(tiny_base, frame, density)

@@ -44,15 +44,23 @@ def made(root: Path, base: BaseModel, **settings: object) -> Repertoire:
 
 
 @pytest.mark.parametrize(
-    ("feature", "expected"),
+    ("feature", "density", "expected"),
     [
-        (None, ("residual_mean", 2)),
-        ("embedding", ("residual_mean", 0)),
-        ("layer:1", ("residual_mean", 1)),
-        ("last", ("residual_last", 4)),
+        (None, "low_rank", ("residual_parts", 2)),
+        (None, "gaussian", ("residual_parts", 2)),
+        (None, "vae", ("residual_mean", 2)),
+        ("parts", "low_rank", ("residual_parts", 2)),
+        *[
+            (feature, density, expected)
+            for density in ("low_rank", "vae")
+            for feature, expected in (
+                ("embedding", ("residual_mean", 0)),
+                ("layer:1", ("residual_mean", 1)),
+                ("last", ("residual_last", 4)),
+            )
+        ],
     ],
 )
-@pytest.mark.parametrize("density", ["low_rank", "vae"])
 def test_a_new_repertoire_reads_prompts_where_it_is_told_and_tells_tasks_apart(
     tiny_base: BaseModel, tmp_path: Path, feature: str | None, expected: tuple[str, int], density: str
 ) -> None:
@@ -70,25 +78,32 @@ def test_a_new_repertoire_reads_prompts_where_it_is_told_and_tells_tasks_apart(
 
 def test_the_last_feature_is_the_last_token_of_what_leaves_the_last_layer(tiny_base: BaseModel) -> None:
     prompts = [[1, 5, 9, 30], [1, 7], [4, 4, 4, 4, 4, 9]]
-    found = features(tiny_base, prompts, 4, last=True)
+    found = features(tiny_base, prompts, 4, kind="residual_last")
     for prompt, row in zip(prompts, found, strict=True):
         with torch.no_grad():
             states = tiny_base.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
         torch.testing.assert_close(tiny_base.model.model.norm(row), states[-1][0, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("feature", ["embedding", "layer:2"])
-def test_the_engine_locates_from_the_embedding_or_where_the_experts_begin(
+def test_where_no_layer_lies_below_the_experts_a_new_repertoire_reads_the_embeddings(
+    tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    ref = made(tmp_path, tiny_base, first_layer=0).manifest().locator
+    assert (ref.feature, ref.layer) == ("residual_mean", 0)
+
+
+@pytest.mark.parametrize("feature", ["embedding", "layer:2", "parts"])
+def test_the_engine_locates_from_the_embedding_or_where_the_experts_begin_or_from_both(
     tiny_base: BaseModel, tmp_path: Path, make_engine: Callable[..., Engine], feature: str
 ) -> None:
     repertoire = made(tmp_path, tiny_base, locator_feature=feature, locator_false_abstain=0.0)
     generation = open_generation(repertoire)
     engine = make_engine(Workshop(tiny_base, repertoire))
-    layer = generation.manifest.locator.layer
+    ref = generation.manifest.locator
     for name in WORDS:
         text = inputs(name, 3, 1)[0]
         ids = generation.template.encode(tiny_base.tokenizer, text)
-        wanted: Decision = generation.locator.locate(features(tiny_base, [ids], layer))[0]
+        wanted: Decision = generation.locator.locate(features(tiny_base, [ids], ref.layer, kind=ref.feature))[0]
         for located_only in (False, True):
             found = ask(engine, text, max_tokens=2, locate_only=located_only).wait().located
             assert found.task == wanted.task == name
@@ -108,7 +123,12 @@ def test_the_engine_refuses_a_feature_from_where_it_does_not_stop(
     ("settings", "message"),
     [
         ({"locator_feature": "layer:4"}, "locator_feature='layer:4': the base has 4 layers"),
-        ({"locator_feature": "middle"}, "locator_feature='middle': must be embedding, layer:N or last"),
+        ({"locator_feature": "middle"}, "locator_feature='middle': must be embedding, layer:N, parts or last"),
+        ({"locator_feature": "parts", "locator_density": "vae"}, "locator_feature='parts': needs a Gaussian density"),
+        (
+            {"locator_feature": "parts", "first_layer": 0},
+            "locator_feature='parts': needs a Gaussian density and a first",
+        ),
         ({"locator_score": "neg_elbo"}, "locator_score='neg_elbo': only the density vae has an ELBO"),
     ],
 )

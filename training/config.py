@@ -22,7 +22,7 @@ ExpansionAxis = Literal["layers", "experts"]
 ExpertStart = Literal["copy", "fresh"]
 Visible = Literal["all", "own"]
 
-_FEATURE = re.compile(r"embedding|layer:\d{1,4}|last")
+_FEATURE = re.compile(r"embedding|layer:\d{1,4}|last|parts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,9 @@ class TrainingConfig:
         locator_score: how a new repertoire compares tasks; see `runtime.model.locator.Locator`.
         locator_density: what a new repertoire fits to each task's prompts: a Gaussian with a covariance of its own
             ("low_rank", ours) or with that of the reference prompts ("gaussian", ours), or a VAE (paper).
-        locator_feature: where a new repertoire reads prompts: "embedding", "layer:N" (mean over the prompt of what
-            enters decoder layer N) or "last" (the last token after the last layer: paper); None is "layer:FIRST_LAYER".
+        locator_feature: what a new repertoire sees of prompts: "embedding", "layer:N" (mean over the prompt of what
+            enters decoder layer N), "parts" (that of FIRST_LAYER, of its last tokens, and "embedding": ours) or "last"
+            (the last token after the last layer: paper); None is "parts", with VAEs "layer:FIRST_LAYER".
         locator_false_abstain: share of a task's own prompts that its threshold may refuse.
 
     Raises:
@@ -163,7 +164,9 @@ class TrainingConfig:
         if self.locator_score == "neg_elbo" and self.locator_density != "vae":
             raise InvalidInputError("locator_score", self.locator_score, "only the density vae has an ELBO")
         if self.locator_feature is not None and not _FEATURE.fullmatch(self.locator_feature):
-            raise InvalidInputError("locator_feature", self.locator_feature, "must be embedding, layer:N or last")
+            raise InvalidInputError(
+                "locator_feature", self.locator_feature, "must be embedding, layer:N, parts or last"
+            )
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps over `num_examples` examples: whole passes, the last batch of a pass may be small."""

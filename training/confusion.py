@@ -88,7 +88,7 @@ def measure_confusion(
     seen = {}
     for task, inputs in texts.items():
         prompts = [generation.template.encode(base.tokenizer, text) for text in inputs]
-        seen[task] = features(base, prompts, ref.layer, last=ref.feature == "residual_last")
+        seen[task] = features(base, prompts, ref.layer, kind=ref.feature)
     possible = [score for score in ALL_SCORES if score != "neg_elbo" or ref.density == "vae"]
     possible.sort(key=lambda score: score != own.score)
     return tuple(confuse(own.scored_by(score), seen) for score in possible)

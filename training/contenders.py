@@ -110,7 +110,8 @@ class GrowingContender:
 
     def locate(self, prompts: Sequence[Sequence[int]]) -> list[str | None]:
         """The task of every prompt, None for no task."""
-        found = features(self._base, prompts, self._opened.manifest.locator.layer)
+        ref = self._opened.manifest.locator
+        found = features(self._base, prompts, ref.layer, kind=ref.feature)
         return [decision.task for decision in self._opened.locator.locate(found)]
 
     def num_parameters(self, *, locating: bool) -> int:

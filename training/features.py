@@ -1,4 +1,4 @@
-"""Features of prompts for the locator: the frozen base's residual stream at one layer, pooled or of the last token.
+"""Features of prompts for the locator: the frozen base's residual stream at a layer, pooled, in parts or of one token.
 
 It does not know tasks, densities or experts.
 Read first: the layers from `layer` on are never run, and a prompt's feature does not depend on the batch it is in.
@@ -6,16 +6,27 @@ Read first: the layers from `layer` on are never run, and a prompt's feature doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from runtime.model.attach import decoder_layers
 from runtime.model.base import BaseModel
-from runtime.model.locator import pool
+from runtime.model.locator import num_parts, parts, pool
+from runtime.model.manifest import Feature
 
 _BATCH_SIZE = 32
+
+
+_FEATURES: Mapping[Feature, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = MappingProxyType(
+    {
+        "residual_mean": lambda residual, _: pool(residual),
+        "residual_last": lambda residual, _: residual[-1].float(),
+        "residual_parts": parts,
+    }
+)
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward pass, it reports nothing wrong
@@ -40,10 +51,10 @@ def features(
     prompts: Sequence[Sequence[int]],
     layer: int,
     *,
-    last: bool = False,
+    kind: Feature = "residual_mean",
     batch_size: int = _BATCH_SIZE,
 ) -> torch.Tensor:
-    """`pool` of the residual stream that enters `layer`, of every prompt; or its value at the last token.
+    """`pool` or `parts` of the residual stream that enters `layer`, of every prompt; or its value at the last token.
 
     Prompts of similar length run together, padded on the right, where causal attention never looks.
 
@@ -51,21 +62,23 @@ def features(
         base: without a mixture below `layer`.
         prompts: token ids of whole prompts as serving sends them, none empty.
         layer: a decoder layer; 0 is entered by the token embeddings, and L is what leaves the last layer.
-        last: the last token's (paper, at L) in place of the mean over the prompt.
+        kind: the mean over the prompt, parts of it (both ours), or the last token's (paper, at L).
         batch_size: prompts per forward pass.
 
     Returns:
-        [B, D] float32 on the CPU, in the order of `prompts`.
+        [B, D] float32 on the CPU, in the order of `prompts`; of parts [B, 3 D].
     """
-    pooled = torch.zeros(len(prompts), base.info.width)
+    found = torch.zeros(len(prompts), num_parts(kind) * base.info.width)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        residual = _residual(base, [prompts[i] for i in chosen], layer)
-        for row, i in zip(residual, chosen, strict=True):
-            tokens = row[: len(prompts[i])]
-            pooled[i] = (tokens[-1].float() if last else pool(tokens)).cpu()
-    return pooled
+        some = [prompts[i] for i in chosen]
+        residual = _residual(base, some, layer)
+        embedded = _residual(base, some, 0) if kind == "residual_parts" else residual
+        for row, words, i in zip(residual, embedded, chosen, strict=True):
+            num = len(prompts[i])
+            found[i] = _FEATURES[kind](row[:num], words[:num]).cpu()
+    return found
 
 
 def _residual(base: BaseModel, prompts: Sequence[Sequence[int]], layer: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ so that adding a task moves nothing older (LLaVA-CMoE's Probabilistic Task Locat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ from training.config import TrainingConfig
 _LEAST_EXAMPLES = 8
 _LEAST_DEVIATION = 1e-6
 _REFERENCE_SHRINKAGE = 0.6  # a few hundred reference prompts know their leading directions only
-_TASK_SHRINKAGE = 0.5  # a hundred prompts of a task know less than the reference in most directions
+_TASK_SHRINKAGE = 0.6  # a hundred prompts of a task know less than the reference in most directions
 _BACKGROUND_SHRINKAGE = 0.3
 _FOLDS = 10
 _OUTSIDE_TAKEN = 0.005
@@ -54,7 +55,7 @@ class Entry:
 
     Args:
         tensors: as in `density_shapes`, float32.
-        prototype: [256] mean of the projected features that fitted it.
+        prototype: [P] mean of the projected features that fitted it.
         calibration: on features that did not.
     """
 
@@ -63,44 +64,62 @@ class Entry:
     calibration: Calibration
 
 
-def make_frame(reference: torch.Tensor, *, seed: int, density: Density = "vae") -> dict[str, torch.Tensor]:
+def make_frame(
+    reference: torch.Tensor,
+    *,
+    seed: int,
+    density: Density = "vae",
+    kinds: Sequence[int] | None = None,
+    num_parts: int = 1,
+) -> dict[str, torch.Tensor]:
     """Normalisation and projection of features, fixed for the life of a repertoire (ours).
 
     `mean` and `deviation` are those of each feature over the reference prompts. For VAEs the projection is normal with
     variance 1/D, so that a normalised feature keeps its squared length on average. For Gaussian densities it is
-    `Q C^-1/2`: Q are the reference's principal directions, C its covariance there, drawn towards a multiple of the
-    identity. So distances are those of a Gaussian with one covariance for all tasks, and adding a task never moves it.
+    `C^-1/2 Q`: C is how reference prompts of one kind vary among themselves, drawn towards a multiple of the identity,
+    and Q are the directions in which all of them vary most after that. So distances are those of a Gaussian with one
+    covariance for all tasks, what tells kinds apart is large, and adding a task never moves it (ours; within-class
+    covariance normalisation, Hatch et al., Interspeech 2006).
 
     Args:
-        reference: [B, D] features of prompts of no task; B >= 2.
+        reference: [B, D] features of prompts of no task; B >= 2. With parts [B, parts * D].
         seed: of a random projection.
         density: what the frame is for.
+        kinds: of each reference prompt; None takes all of them as of one kind.
+        num_parts: of a feature; every part is projected by itself.
 
     Returns:
         tensors as in `frame_shapes`, float32.
     """
-    width = reference.shape[1]
+    width = reference.shape[1] // num_parts
     mean, deviation = reference.mean(0), reference.std(0).clamp(min=_LEAST_DEVIATION)
     if density == "vae":
         generator = torch.Generator().manual_seed(seed)
         projection = torch.randn(width, PROJECTED, generator=generator) / math.sqrt(width)
     else:
-        projection = _whitening(((reference - mean) / deviation).double()).float()
+        labels = torch.zeros(len(reference), dtype=torch.int64) if kinds is None else torch.tensor(kinds)
+        split = ((reference - mean) / deviation).double().view(len(reference), num_parts, width)
+        projection = torch.stack([_whitening(part, labels) for part in split.unbind(1)]).float()
+        projection = projection if num_parts > 1 else projection[0]
     return {"mean": mean, "deviation": deviation, "projection": projection}
 
 
-def _whitening(normalised: torch.Tensor) -> torch.Tensor:
-    """`Q ((1 - s) C + s * trace(C)/256 * I)^-1/2`, s = `_REFERENCE_SHRINKAGE`: [B, D] -> [D, 256].
+def _whitening(normalised: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """`((1 - s) C + s * trace(C)/256 * I)^-1/2 Q`, s = `_REFERENCE_SHRINKAGE`: [B, D] and [B] -> [D, 256].
 
-    Q [D, 256] are the leading eigenvectors of the rows' covariance and C is diagonal there; where D < 256 the rest of
-    Q is zero.
+    C is the rows' covariance around the means of their kinds, Q are the leading eigenvectors of their covariance around
+    the mean of all once C is the identity; where D < 256 the rest of Q is zero.
     """
-    values, vectors = torch.linalg.eigh(torch.cov(normalised.t()))
-    values, vectors = values.flip(0)[:PROJECTED].clamp(min=0), vectors.flip(1)[:, :PROJECTED]
-    level = values.sum() / PROJECTED
-    shrunk = (1 - _REFERENCE_SHRINKAGE) * values + _REFERENCE_SHRINKAGE * level
-    whitened = vectors * shrunk.clamp(min=_LEAST_DEVIATION).rsqrt()
-    return torch.nn.functional.pad(whitened, (0, PROJECTED - whitened.shape[1])).contiguous()
+    found, which = torch.unique(kinds, return_inverse=True)
+    centres = torch.stack([normalised[which == i].mean(0) for i in range(len(found))])
+    around = normalised - centres[which]
+    within = around.t() @ around / max(1, len(normalised) - len(found))
+    level = (within.trace() / PROJECTED).clamp(min=_LEAST_DEVIATION)
+    shrunk = (1 - _REFERENCE_SHRINKAGE) * within + _REFERENCE_SHRINKAGE * level * torch.eye(len(within)).double()
+    values, vectors = torch.linalg.eigh(shrunk)
+    whitened = vectors * values.rsqrt()  # [D, D]
+    _, directions = torch.linalg.eigh(torch.cov((normalised @ whitened).t()))
+    return torch.nn.functional.pad(whitened @ directions.flip(1)[:, :PROJECTED], (0, max(0, PROJECTED - len(within))))
 
 
 def make_background(
@@ -163,7 +182,7 @@ def fit_entry(
     if own.shape[0] < _LEAST_EXAMPLES:
         raise InvalidInputError("examples", own.shape[0], f"the locator needs {_LEAST_EXAMPLES} or more per task")
     generator = torch.Generator().manual_seed(seed)
-    projected = project(frame, own, unit_length=unit_length)  # [B, 256]
+    projected = project(frame, own, unit_length=unit_length)  # [B, P]
     order = torch.randperm(len(projected), generator=generator)
     allowed = config.locator_false_abstain
     outside = project(frame, reference, unit_length=unit_length)
@@ -196,32 +215,50 @@ def _held_out_errors(
 
 
 def _errors(density: Density, tensors: Weights, projected: torch.Tensor, background: Weights | None) -> torch.Tensor:
-    """Raw errors of one density, as the locator computes them: [B, 256] -> [B]."""
+    """Raw errors of one density, as the locator computes them: [B, P] -> [B]."""
     stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
     errors = raw_error(density, stacked, projected)
     return (errors if background is None else errors - background_error(background, projected))[:, 0]
 
 
 def low_rank_gaussian(projected: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A Gaussian of the rows of [B, 256]: their mean, and their covariance drawn towards the reference's (ours).
+    """A Gaussian of the rows of [B, P]: their mean, and their covariance drawn towards the reference's (ours).
 
     `C = (1 - s) cov + s I`, s = `_TASK_SHRINKAGE`; in the whitened space the reference's covariance is the identity.
-    The 32 leading eigenvectors of C keep their variances, and all other directions share the mean of theirs.
+    The 32 leading eigenvectors of C keep their variances, and all other directions share the mean of theirs. With fewer
+    rows than dimensions they follow from the rows' products; directions that no row has are zero.
 
     Returns:
         tensors as in `low_rank_shapes`, float32.
     """
-    covariance = (1 - _TASK_SHRINKAGE) * torch.cov(projected.double().t())
-    values, vectors = torch.linalg.eigh(covariance + _TASK_SHRINKAGE * torch.eye(PROJECTED, dtype=torch.float64))
-    values, vectors = values.flip(0), vectors.flip(1)
-    variances, rest = values[:RANK], values[RANK:].mean()
+    width, centred = projected.shape[1], projected.double() - projected.double().mean(0)
+    total = centred.square().sum() / (len(projected) - 1)
+    values, vectors = _leading(centred)
+    variances = (1 - _TASK_SHRINKAGE) * values + _TASK_SHRINKAGE
+    rest = (1 - _TASK_SHRINKAGE) * (total - values.sum()).clamp(min=0) / (width - RANK) + _TASK_SHRINKAGE
     return {
         "mean": projected.mean(0),
-        "directions": vectors[:, :RANK].t().contiguous().float(),
+        "directions": vectors.contiguous().float(),
         "gains": (1 / rest - 1 / variances).float(),
         "precision": (1 / rest).reshape(1).float(),
-        "volume": (variances.log().sum() + (PROJECTED - RANK) * rest.log()).reshape(1).float(),
+        "volume": (variances.log().sum() + (width - RANK) * rest.log()).reshape(1).float(),
     }
+
+
+def _leading(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 32 largest variances of the rows of [B, P] and their directions [32, P]; zero where there are fewer."""
+    num, width = centred.shape
+    if num >= width:
+        values, vectors = torch.linalg.eigh(centred.t() @ centred / (num - 1))
+        return values.flip(0)[:RANK].clamp(min=0), vectors.flip(1)[:, :RANK].t()
+    values, vectors = torch.linalg.eigh(centred @ centred.t() / (num - 1))
+    values, vectors = values.flip(0)[:RANK], vectors.flip(1)[:, :RANK]
+    real = values > _LEAST_DEVIATION * values[0]
+    lengths = (values * (num - 1)).clamp(min=_LEAST_DEVIATION).sqrt()
+    directions = torch.where(real.unsqueeze(1), (centred.t() @ vectors / lengths).t(), 0.0)
+    missing = RANK - len(values)
+    pad = torch.nn.functional.pad
+    return pad(torch.where(real, values, 0.0), (0, missing)), pad(directions, (0, 0, 0, missing))
 
 
 def calibrate(held_out: torch.Tensor, outside: torch.Tensor, *, false_abstain: float) -> Calibration:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.generation import base_ref, check_base
-from runtime.model.manifest import BaseRef, ExpertSet, HyperRef, Manifest, Task
+from runtime.model.manifest import BaseRef, ExpertSet, Feature, HyperRef, Manifest, Task
 from runtime.model.names import check_name
 from runtime.model.prompt import PromptTemplate, default_template
 from runtime.model.repertoire import Repertoire
@@ -51,8 +51,14 @@ def stand_on(repertoire: Repertoire, base: BaseModel, name: str, config: Trainin
         if first_layer >= base.info.num_layers:
             raise InvalidInputError("first_layer", first_layer, f"the base has {base.info.num_layers} layers")
         template = default_template(base)
-        chosen = feature_layer(config.locator_feature, first_layer=first_layer, num_layers=base.info.num_layers)
-        sights = [new_sight(base, template, feature, config) for feature in (chosen, ("residual_mean", 0))]
+        chosen = feature_layer(
+            config.locator_feature,
+            density=config.locator_density,
+            first_layer=first_layer,
+            num_layers=base.info.num_layers,
+        )
+        on_arrival: tuple[Feature, int] = ("residual_mean", 0)
+        sights = [new_sight(base, template, feature, config) for feature in (chosen, on_arrival)]
         return Ground(None, template, first_layer, *sights)
     current = repertoire.manifest()
     check_base(current, base.info)

@@ -20,6 +20,16 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 def reference_prompts() -> tuple[str, ...]:
     """About 600 different short prompts of many kinds and several languages, always the same, in a fixed order."""
+    return tuple(_filled())
+
+
+def reference_kinds() -> tuple[int, ...]:
+    """For each of the reference prompts which kind it is of, counted from 0: the heading under which it stands."""
+    return tuple(_filled().values())
+
+
+def _filled() -> dict[str, int]:
+    """Prompt -> its kind; one that comes twice counts where it came first."""
     fillers, frames = _read(FILE.read_text(encoding="utf-8"))
     used: Counter[str] = Counter()
 
@@ -29,13 +39,16 @@ def reference_prompts() -> tuple[str, ...]:
         times = used[slot[1]]
         return words[(times * _STRIDE + times // len(words)) % len(words)]
 
-    prompts = [_SLOT.sub(fill, frame) for frame in frames for _ in range(_FILLED if _SLOT.search(frame) else 1)]
-    return tuple(dict.fromkeys(prompts))
+    prompts: dict[str, int] = {}
+    for kind, frame in frames:
+        for _ in range(_FILLED if _SLOT.search(frame) else 1):
+            prompts.setdefault(_SLOT.sub(fill, frame), kind)
+    return prompts
 
 
-def _read(text: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Fillers by the name of their slot, and frames: what stands before the first heading, and after it."""
+def _read(text: str) -> tuple[dict[str, list[str]], list[tuple[int, str]]]:
+    """Fillers by the name of their slot, before the first heading; and behind it kinds and their frames."""
     words, *kinds = text.split("\n## ")
     fillers = dict(line.split(" = ") for line in words.splitlines() if line)
-    frames = [frame for kind in kinds for frame in kind.splitlines()[1:] if frame]
-    return {slot: found.split("|") for slot, found in fillers.items()}, [one.replace("\\n", "\n") for one in frames]
+    frames = [(i, line.replace("\\n", "\n")) for i, kind in enumerate(kinds) for line in kind.splitlines()[1:] if line]
+    return {slot: found.split("|") for slot, found in fillers.items()}, frames

@@ -52,7 +52,7 @@ class Relocation:
     def locate(self, prompts: Sequence[Sequence[int]]) -> list[str | None]:
         """The task of every prompt, None for no task, by the densities of the last stage that was learned."""
         ref = self._opened.manifest.locator
-        found = features(self._base, prompts, ref.layer, last=ref.feature == "residual_last")
+        found = features(self._base, prompts, ref.layer, kind=ref.feature)
         return [decision.task for decision in self._opened.locator.locate(found)]
 
     @property

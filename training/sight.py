@@ -16,15 +16,15 @@ from safetensors.torch import save
 
 from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
-from runtime.model.density import PROJECTED, background_shapes, density_shapes
-from runtime.model.locator import frame_shapes
-from runtime.model.manifest import LocatorEntry, LocatorRef
+from runtime.model.density import background_shapes, density_shapes
+from runtime.model.locator import frame_shapes, num_parts, projected_width
+from runtime.model.manifest import Density, Feature, LocatorEntry, LocatorRef
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
 from training.config import TrainingConfig
 from training.features import features
 from training.locator import Calibration, fit_entry, make_background, make_frame
-from training.reference_prompts import reference_prompts
+from training.reference_prompts import reference_kinds, reference_prompts
 from training.seeds import seed_for
 
 Tensors = dict[str, torch.Tensor]
@@ -55,12 +55,17 @@ class SeenTask:
     num_parameters: int
 
 
-def feature_layer(feature: str | None, *, first_layer: int, num_layers: int) -> tuple[str, int]:
+def feature_layer(feature: str | None, *, density: Density, first_layer: int, num_layers: int) -> tuple[Feature, int]:
     """What a configuration's `locator_feature` means in a manifest: feature and layer.
 
     Raises:
-        InvalidInputError: the base has no such layer.
+        InvalidInputError: the base has no such layer; or parts for a VAE, or where no layer lies below the experts.
     """
+    can_part = density != "vae" and first_layer > 0
+    if feature == "parts" and not can_part:
+        raise InvalidInputError("locator_feature", feature, "needs a Gaussian density and a first_layer above 0")
+    if feature == "parts" or (feature is None and can_part):
+        return "residual_parts", first_layer
     if feature is None:
         return "residual_mean", first_layer
     if feature == "last":
@@ -71,17 +76,23 @@ def feature_layer(feature: str | None, *, first_layer: int, num_layers: int) -> 
     return "residual_mean", layer
 
 
-def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[str, int], config: TrainingConfig) -> Sight:
+def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[Feature, int], config: TrainingConfig) -> Sight:
     """A sight for a new repertoire."""
     kind, layer = feature
-    reference = _reference_features(base, template, layer, last=kind == "residual_last")
+    reference = _reference_features(base, template, layer, kind)
     seed = seed_for(config.seed, "frame", str(layer))
-    frame = make_frame(reference, seed=seed, density=config.locator_density)
+    frame = make_frame(
+        reference,
+        seed=seed,
+        density=config.locator_density,
+        kinds=reference_kinds(),
+        num_parts=num_parts(kind),
+    )
     gaussian = config.locator_density != "vae"
     background = make_background(frame, reference, unit_length=True) if gaussian else None
     ref = LocatorRef(
         frame=sha256(save(frame)),
-        feature=kind,  # type: ignore[arg-type]
+        feature=kind,
         layer=layer,
         score=config.locator_score,
         density=config.locator_density,
@@ -94,9 +105,10 @@ def new_sight(base: BaseModel, template: PromptTemplate, feature: tuple[str, int
 
 def sight_of(repertoire: Repertoire, base: BaseModel, template: PromptTemplate, ref: LocatorRef) -> Sight:
     """A sight that a repertoire has."""
-    frame = repertoire.read_tensors(ref.frame, frame_shapes(base.info.width))
-    background = repertoire.read_tensors(ref.background, background_shapes()) if ref.background else None
-    reference = _reference_features(base, template, ref.layer, last=ref.feature == "residual_last")
+    frame = repertoire.read_tensors(ref.frame, frame_shapes(base.info.width, ref.feature))
+    shapes = background_shapes(projected_width(ref.feature))
+    background = repertoire.read_tensors(ref.background, shapes) if ref.background else None
+    reference = _reference_features(base, template, ref.layer, ref.feature)
     return Sight(ref, frame, background, reference)
 
 
@@ -107,7 +119,7 @@ def see_task(
     ref = sight.ref
     if not prompts:
         return _unlocatable(ref)
-    own = features(base, prompts, ref.layer, last=ref.feature == "residual_last")
+    own = features(base, prompts, ref.layer, kind=ref.feature)
     seed = seed_for(config.seed, name, "density", str(ref.layer))
     fitted = fit_entry(
         sight.frame,
@@ -138,8 +150,9 @@ def _entry(ref: LocatorRef, tensors: Tensors, prototype: torch.Tensor, calibrati
 
 def _unlocatable(ref: LocatorRef) -> SeenTask:
     """A density that is far from every prompt, and refuses it besides: its task is only ever pinned."""
-    tensors = {name: torch.zeros(shape) for name, shape in density_shapes(ref.density).items()}
-    prototype = torch.full((PROJECTED,), _FAR)
+    width = projected_width(ref.feature)
+    tensors = {name: torch.zeros(shape) for name, shape in density_shapes(ref.density, width).items()}
+    prototype = torch.full((width,), _FAR)
     tensors["output.bias" if ref.density == "vae" else "mean"] = prototype
     if ref.density == "low_rank":
         tensors["precision"] = torch.ones(1)
@@ -151,6 +164,6 @@ def sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
-def _reference_features(base: BaseModel, template: PromptTemplate, layer: int, *, last: bool) -> torch.Tensor:
+def _reference_features(base: BaseModel, template: PromptTemplate, layer: int, kind: Feature) -> torch.Tensor:
     prompts = [template.encode(base.tokenizer, text) for text in reference_prompts()]
-    return features(base, prompts, layer, last=last)
+    return features(base, prompts, layer, kind=kind)

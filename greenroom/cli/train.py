@@ -99,7 +99,7 @@ def train(
     ] = _DEFAULT.locator_score,
     locator_feature: Annotated[
         str | None,
-        typer.Option(help="Of a new repertoire: embedding, layer:N or last; default: where experts begin."),
+        typer.Option(help="Of a new repertoire: embedding, layer:N, parts or last; default: parts, with VAEs layer:N."),
     ] = _DEFAULT.locator_feature,
     locator_false_abstain: Annotated[
         float, typer.Option(help="Share of a task's own prompts that may be located nowhere.")

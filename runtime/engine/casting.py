@@ -23,7 +23,7 @@ from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
 from runtime.memory.visible import VisibleSets
 from runtime.memory.wanted import VisibleSet
-from runtime.model.locator import pool
+from runtime.model.locator import parts, pool
 
 
 class Casting:
@@ -84,7 +84,7 @@ class Casting:
         request = sequence.request
         task = request.task
         if task is None and not request.base_only:
-            feature = pool(self._seen(sequence)).unsqueeze(0).cpu()
+            feature = self._feature(sequence).unsqueeze(0).cpu()
             sequence.decision = sequence.generation.locator.locate(feature)[0]
             task = sequence.decision.task or request.default_task
             if task is None and request.abstain_fails:
@@ -96,6 +96,13 @@ class Casting:
         if request.locate_only and sequence.phase is not Phase.ENDED:
             sequence.emit(located(sequence))
             sequence.finish("located")
+
+    def _feature(self, sequence: Sequence) -> torch.Tensor:
+        """Of the context, as its generation's locator takes it."""
+        seen = self._seen(sequence)
+        if sequence.generation.manifest.locator.feature == "residual_mean":
+            return pool(seen)
+        return parts(seen, self._embed(sequence.prompt[: sequence.num_context]))
 
     def _seen(self, sequence: Sequence) -> torch.Tensor:
         """The residual stream [T, D] of the context, where the locator reads it."""

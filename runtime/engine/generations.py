@@ -123,9 +123,10 @@ class Generations:
 
 def _check_locatable(generation: Generation) -> None:
     locator, first_layer = generation.manifest.locator, generation.manifest.first_layer
-    if locator.feature != "residual_mean" or locator.layer not in (0, first_layer):
+    readable = {"residual_mean": (0, first_layer), "residual_parts": (first_layer,)}
+    if locator.layer not in readable.get(locator.feature, ()):
         raise InvalidInputError(
             "locator.feature",
             f"{locator.feature} at layer {locator.layer}",
-            f"the engine locates from the mean over a prompt of what enters layer 0 or {first_layer}",
+            f"the engine locates from the mean over a prompt of what enters layer 0 or {first_layer}, or parts of it",
         )

@@ -22,7 +22,7 @@ from runtime.errors import (
 from runtime.model.density import background_shapes, density_shapes, prototype_shapes
 from runtime.model.digest import sha256_of_file
 from runtime.model.hyper_sets import stored_shapes
-from runtime.model.locator import frame_shapes
+from runtime.model.locator import frame_shapes, projected_width
 from runtime.model.manifest import ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
 from runtime.model.routers import hyper_sizes, router_shapes
@@ -125,11 +125,10 @@ def audit(
 
 def _checks(manifest: Manifest) -> Iterator[_Check]:
     width = manifest.base.width
-    yield _Check("locator frame", manifest.locator.frame, frame_shapes(width))
-    yield _Check("arrival frame", manifest.arrival.frame, frame_shapes(width))
     for name, shared in (("locator", manifest.locator), ("arrival", manifest.arrival)):
+        yield _Check(f"{name} frame", shared.frame, frame_shapes(width, shared.feature))
         if shared.background is not None:
-            yield _Check(f"{name} background", shared.background, background_shapes())
+            yield _Check(f"{name} background", shared.background, background_shapes(projected_width(shared.feature)))
     for entry in manifest.experts:
         yield _Check(f"{entry.task}: experts", entry.digest, entry)
     for task in manifest.tasks:
@@ -138,7 +137,9 @@ def _checks(manifest: Manifest) -> Iterator[_Check]:
             ("density", manifest.locator, task.locator),
             ("density on arrival", manifest.arrival, task.arrival),
         ):
-            yield _Check(f"{task.name}: {name}", density.digest, density_shapes(ref.density))
+            yield _Check(
+                f"{task.name}: {name}", density.digest, density_shapes(ref.density, projected_width(ref.feature))
+            )
             if density.prototype is not None:
                 yield _Check(f"{task.name}: prototype of {name}", density.prototype, prototype_shapes())
         if task.hyper:

@@ -12,7 +12,7 @@ from threading import Lock, Thread
 
 from runtime.errors import RepertoireError
 from runtime.model.density import Weights, background_shapes, density_shapes, prototype_shapes
-from runtime.model.locator import Locator, frame_shapes
+from runtime.model.locator import Locator, frame_shapes, projected_width
 from runtime.model.manifest import LocatorEntry, LocatorRef, Manifest, Task
 from runtime.model.repertoire import Repertoire
 
@@ -33,11 +33,11 @@ class Densities:
         self._repertoire = repertoire
         self._manifest = manifest
         self._frames = {
-            ref.frame: repertoire.read_tensors(ref.frame, frame_shapes(manifest.base.width))
+            ref.frame: repertoire.read_tensors(ref.frame, frame_shapes(manifest.base.width, ref.feature))
             for ref in (manifest.locator, manifest.arrival)
         }
         self._backgrounds = {
-            ref.background: repertoire.read_tensors(ref.background, background_shapes())
+            ref.background: repertoire.read_tensors(ref.background, background_shapes(projected_width(ref.feature)))
             for ref in (manifest.locator, manifest.arrival)
             if ref.background is not None
         }
@@ -79,7 +79,8 @@ class Densities:
         )
 
     def _read_one(self, ref: LocatorRef, entry: LocatorEntry) -> Weights:
-        tensors = self._repertoire.read_tensors(entry.digest, density_shapes(ref.density))
+        shapes = density_shapes(ref.density, projected_width(ref.feature))
+        tensors = self._repertoire.read_tensors(entry.digest, shapes)
         if entry.prototype is not None:
             tensors |= self._repertoire.read_tensors(entry.prototype, prototype_shapes())
         return tensors

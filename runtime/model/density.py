@@ -15,6 +15,8 @@ import torch
 from runtime.model.manifest import Density
 
 PROJECTED = 256
+"""Dimensions of one part of a feature, after the frame; a feature of three parts has as many again for each."""
+
 HIDDEN = 64
 LATENT = 16
 RANK = 32
@@ -38,31 +40,35 @@ def vae_shapes() -> dict[str, tuple[int, ...]]:
     }
 
 
-def prototype_shapes() -> dict[str, tuple[int, ...]]:
+def prototype_shapes(width: int = PROJECTED) -> dict[str, tuple[int, ...]]:
     """Tensors of a prototype: the mean of a task's projected features, which is also all of a "gaussian" density."""
-    return {"mean": (PROJECTED,)}
+    return {"mean": (width,)}
 
 
-def low_rank_shapes() -> dict[str, tuple[int, ...]]:
+def low_rank_shapes(width: int = PROJECTED) -> dict[str, tuple[int, ...]]:
     """Tensors of a Gaussian with a covariance of its own.
 
     The mean; 32 orthonormal directions in which the task varies most, seen against the reference; as gains, 1/rest
     minus 1/variance of each; as precision, 1/rest for all other directions; as volume, the log-determinant.
     """
-    return {"mean": (PROJECTED,), "directions": (RANK, PROJECTED), "gains": (RANK,), "precision": (1,), "volume": (1,)}
+    return {"mean": (width,), "directions": (RANK, width), "gains": (RANK,), "precision": (1,), "volume": (1,)}
 
 
-def background_shapes() -> dict[str, tuple[int, ...]]:
+def background_shapes(width: int = PROJECTED) -> dict[str, tuple[int, ...]]:
     """Tensors of the background: a Gaussian with independent dimensions.
 
     Its mean; as precision, 1/variance of each dimension; as volume, the log-determinant.
     """
-    return {"mean": (PROJECTED,), "precision": (PROJECTED,), "volume": (1,)}
+    return {"mean": (width,), "precision": (width,), "volume": (1,)}
 
 
-def density_shapes(density: Density) -> dict[str, tuple[int, ...]]:
-    """Tensors of one task's density."""
-    return {"vae": vae_shapes, "gaussian": prototype_shapes, "low_rank": low_rank_shapes}[density]()
+def density_shapes(density: Density, width: int = PROJECTED) -> dict[str, tuple[int, ...]]:
+    """Tensors of one task's density over `width` projected dimensions; a VAE has 256 in any case."""
+    return (
+        vae_shapes()
+        if density == "vae"
+        else {"gaussian": prototype_shapes, "low_rank": low_rank_shapes}[density](width)
+    )
 
 
 def pack(density: Density, entries: Sequence[Weights]) -> torch.Tensor:
@@ -70,11 +76,11 @@ def pack(density: Density, entries: Sequence[Weights]) -> torch.Tensor:
     return torch.stack([torch.cat([entry[name].flatten() for name in density_shapes(density)]) for entry in entries])
 
 
-def views(density: Density, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def views(density: Density, rows: torch.Tensor, width: int = PROJECTED) -> dict[str, torch.Tensor]:
     """The tensors of the densities in [N, P], each with a leading N; they share memory with `rows`."""
     found: dict[str, torch.Tensor] = {}
     start = 0
-    for name, shape in density_shapes(density).items():
+    for name, shape in density_shapes(density, width).items():
         size = math.prod(shape)
         found[name] = rows[:, start : start + size].view(-1, *shape)
         start += size
@@ -82,7 +88,7 @@ def views(density: Density, rows: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def raw_error(density: Density, weights: Weights, projected: torch.Tensor) -> torch.Tensor:
-    """The error that tells whether a prompt is of a task, lower is nearer: [B, 256] -> [B, N]."""
+    """The error that tells whether a prompt is of a task, lower is nearer: [B, P] -> [B, N]."""
     if density == "vae":
         return reconstruction_error(weights, projected)
     if density == "gaussian":
@@ -118,39 +124,39 @@ def negative_elbo(weights: Weights, projected: torch.Tensor, beta: float) -> tor
 
 
 def squared_distance(means: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-    """`e[b, n] = mean (F_b - m_n)^2`: [N, 256] and [B, 256] -> [B, N].
+    """`e[b, n] = mean (F_b - m_n)^2`: [N, P] and [B, P] -> [B, N].
 
-    In a whitened space it is the squared Mahalanobis distance over 256: the error of a Gaussian with the shared
+    In a whitened space it is the squared Mahalanobis distance over P: the error of a Gaussian with the shared
     covariance.
     """
     products = torch.addmm(means.square().sum(1).unsqueeze(0), projected, means.t(), alpha=-2)
-    return (products + projected.square().sum(1, keepdim=True)).clamp(min=0) / PROJECTED
+    return (products + projected.square().sum(1, keepdim=True)).clamp(min=0) / projected.shape[1]
 
 
 def surprise(weights: Weights, projected: torch.Tensor) -> torch.Tensor:
-    """`e[b, n] = (|d|^2 / rest - sum_r gain_r * (v_r . d)^2 + log det C_n) / 256`, `d = F_b - m_n`.
+    """`e[b, n] = (|d|^2 / rest - sum_r gain_r * (v_r . d)^2 + log det C_n) / P`, `d = F_b - m_n`.
 
-    Twice the negative log-likelihood over 256, but for a constant, of a Gaussian whose covariance C has the variances
-    of `low_rank_shapes` along its directions v and `rest` elsewhere (ours): [B, 256] -> [B, N].
+    Twice the negative log-likelihood over P, but for a constant, of a Gaussian whose covariance C has the variances
+    of `low_rank_shapes` along its directions v and `rest` elsewhere (ours): [B, P] -> [B, N].
     """
-    means, directions = weights["mean"], weights["directions"]  # [N, 256], [N, R, 256]
+    means, directions = weights["mean"], weights["directions"]  # [N, P], [N, R, P]
     along = projected @ directions.flatten(0, 1).t()  # [B, N * R]
     along = along.view(-1, *directions.shape[:2]) - torch.einsum("nrp,np->nr", directions, means)
     inside = (along.square() * weights["gains"]).sum(2)
-    distance = PROJECTED * squared_distance(means, projected) * weights["precision"][:, 0]
+    distance = projected.shape[1] * squared_distance(means, projected) * weights["precision"][:, 0]
     total: torch.Tensor = distance - inside + weights["volume"][:, 0]
-    return total / PROJECTED
+    return total / projected.shape[1]
 
 
 def background_error(background: Weights, projected: torch.Tensor) -> torch.Tensor:
-    """`b = (sum_i precision_i * (F_i - m_i)^2 + log det) / 256`: [B, 256] -> [B, 1].
+    """`b = (sum_i precision_i * (F_i - m_i)^2 + log det) / P`: [B, P] -> [B, 1].
 
     In the unit of `surprise`, so that `surprise - b` is twice the log of how much likelier the prompt is among prompts
-    in general than among those of the task, over 256: a likelihood ratio (ours; Ren et al., arXiv 2106.09022, do so
+    in general than among those of the task, over P: a likelihood ratio (ours; Ren et al., arXiv 2106.09022, do so
     with Mahalanobis distances). What makes a prompt unusual wherever it comes from drops out of it.
     """
     distance = (projected - background["mean"]).square() @ background["precision"].unsqueeze(1)
-    total: torch.Tensor = (distance + background["volume"]) / PROJECTED
+    total: torch.Tensor = (distance + background["volume"]) / projected.shape[1]
     return total
 
 

@@ -28,9 +28,11 @@ from runtime.model.density import (
     squared_distance,
     views,
 )
-from runtime.model.manifest import Density, LocatorEntry, Score
+from runtime.model.manifest import Density, Feature, LocatorEntry, Score
 
 LEAST_LENGTH = 1e-6
+TAIL = 6
+"""Tokens at the end of a prompt that are a part of a feature in parts."""
 NEAREST = 32
 """Tasks whose densities run for one prompt, at most."""
 
@@ -44,23 +46,53 @@ def pool(residual: torch.Tensor) -> torch.Tensor:
     return residual[min(1, residual.shape[0] - 1) :].float().mean(0)
 
 
-def frame_shapes(width: int) -> dict[str, tuple[int, ...]]:
-    """Tensors of the frame blob for features of `width` = D."""
-    return {"mean": (width,), "deviation": (width,), "projection": (width, PROJECTED)}
+def parts(residual: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+    """Feature of a prompt in three parts, each of which sees what the others do not (ours): [T, D] twice -> [3 D].
+
+    The residual stream's mean over the prompt; its mean over the last tokens, which in a chat are the template's own,
+    so that they hold what the base makes of the whole prompt; and the mean of the token embeddings, the words alone.
+
+    Args:
+        residual: what enters the layer where the locator reads.
+        embedded: what enters the first layer.
+    """
+    return torch.cat([pool(residual), residual[-TAIL:].float().mean(0), pool(embedded)])
+
+
+def num_parts(feature: Feature) -> int:
+    """How many times D a feature is long."""
+    return 3 if feature == "residual_parts" else 1
+
+
+def projected_width(feature: Feature) -> int:
+    """P, the dimensions in which densities see a feature: 256 for each part."""
+    return num_parts(feature) * PROJECTED
+
+
+def frame_shapes(width: int, feature: Feature = "residual_mean") -> dict[str, tuple[int, ...]]:
+    """Tensors of the frame blob for a base of `width` = D; a feature in parts has a projection for each."""
+    count = num_parts(feature)
+    projection = (width, PROJECTED) if count == 1 else (count, width, PROJECTED)
+    return {"mean": (count * width,), "deviation": (count * width,), "projection": projection}
 
 
 def project(frame: Weights, features: torch.Tensor, *, unit_length: bool = False) -> torch.Tensor:
-    """`F = ((f - mean) / deviation) P`: [B, D] -> [B, 256] float32.
+    """`F = ((f - mean) / deviation) P`: [B, D] -> [B, 256] float32; every part by itself, [B, 3 D] -> [B, 768].
 
     With `unit_length` it is `16 F / |F|`, as long as a normal vector of 256 dimensions mostly is: a mean over few
     tokens lies further out than one over many, and that says nothing of the task (ours; speaker recognition does so
     with its i-vectors, Garcia-Romero and Espy-Wilson, Interspeech 2011).
     """
-    projected = ((features.float() - frame["mean"]) / frame["deviation"]) @ frame["projection"]
-    if not unit_length:
-        return projected
-    lengths: torch.Tensor = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
-    return projected * (math.sqrt(PROJECTED) / lengths.clamp(min=LEAST_LENGTH))
+    normalised, projection = (features.float() - frame["mean"]) / frame["deviation"], frame["projection"]
+    if projection.dim() == 3:
+        split = normalised.view(-1, *projection.shape[:2])  # [B, 3, D]
+        projected = torch.einsum("bpd,pde->bpe", split, projection)  # [B, 3, 256]
+    else:
+        projected = normalised @ projection
+    if unit_length:
+        lengths: torch.Tensor = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+        projected = projected * (math.sqrt(PROJECTED) / lengths.clamp(min=LEAST_LENGTH))
+    return projected.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -117,9 +149,10 @@ class Locator:
         self.means = torch.tensor([entry.mean for _, _, entry in entries])
         self.deviations = torch.tensor([entry.sd for _, _, entry in entries])
         self.thresholds = torch.tensor([entry.threshold for _, _, entry in entries])
+        self.width = PROJECTED * (frame["projection"].shape[0] if frame["projection"].dim() == 3 else 1)
         self._rows = pack(density, [weights for _, weights, _ in entries]) if entries else torch.zeros(0, 0)
-        self.stacked: Weights = views(density, self._rows) if entries else {}
-        self.prototypes = self._prototypes([weights for _, weights, _ in entries])  # [N, 256]
+        self.stacked: Weights = views(density, self._rows, self.width) if entries else {}
+        self.prototypes = self._prototypes([weights for _, weights, _ in entries])  # [N, P]
 
     def scored_by(self, score: Score) -> Locator:
         """The same densities, compared in another way; shares their memory."""
@@ -128,7 +161,7 @@ class Locator:
         return other
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Features as the densities see them: [B, D] -> [B, 256]."""
+        """Features as the densities see them: [B, D] -> [B, P]."""
         return project(self.frame, features, unit_length=self.unit_length)
 
     def errors(self, features: torch.Tensor) -> torch.Tensor:
@@ -161,7 +194,7 @@ class Locator:
             return [self._decide(row, raw, everything) for row, raw in zip(scores, errors, strict=True)]
         decisions = []
         for row, asked in zip(projected, self.candidates(features), strict=True):
-            scores, errors = self._ask(views(self.density, self._rows[asked]), row.unsqueeze(0), asked)
+            scores, errors = self._ask(views(self.density, self._rows[asked], self.width), row.unsqueeze(0), asked)
             decisions.append(self._decide(scores[0], errors[0], asked))
         return decisions
 
@@ -196,7 +229,7 @@ class Locator:
     def _prototypes(self, tensors: Sequence[Weights]) -> torch.Tensor:
         """Stored means; where a VAE has none, what it decodes from the middle of its latent space."""
         if not tensors:
-            return torch.zeros(0, PROJECTED)
+            return torch.zeros(0, self.width)
         if all("mean" in weights for weights in tensors):
             return torch.stack([weights["mean"] for weights in tensors])
         middle = decode(self.stacked, torch.zeros(len(tensors), 1, LATENT))[:, 0]

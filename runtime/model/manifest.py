@@ -27,6 +27,7 @@ TARGETS: tuple[Target, ...] = (*ATTENTION_TARGETS, *FFN_TARGETS)
 Score = Literal["raw", "z", "abs_z", "neg_elbo"]
 Density = Literal["vae", "gaussian", "low_rank"]
 Layout = Literal["plain", "rows"]
+Feature = Literal["residual_mean", "residual_last", "residual_parts"]
 
 
 class BaseRef(Record):
@@ -104,13 +105,14 @@ class LocatorRef(Record):
 
     `layer` says where the residual stream is read: what enters that layer; layer 0 is entered by the token embeddings,
     and layer L is what leaves the last one. `residual_last` is its value at the prompt's last token, `residual_mean`
-    its mean over the prompt. `beta` weighs the KL term of the score "neg_elbo". `background` names the density of
-    prompts in general, whose error every task's is taken against; null takes errors as they are. With `unit_length`
-    projected features are brought to one length before they are compared.
+    its mean over the prompt, and `residual_parts` what `runtime.model.locator.parts` makes of it. `beta` weighs the KL
+    term of the score "neg_elbo". `background` names the density of prompts in general, whose error every task's is
+    taken against; null takes errors as they are. With `unit_length` projected features are brought to one length, each
+    part by itself, before they are compared.
     """
 
     frame: Digest
-    feature: Literal["residual_mean", "residual_last"]
+    feature: Feature
     layer: Annotated[int, Field(ge=0)]
     score: Score
     density: Density = "vae"
@@ -122,6 +124,8 @@ class LocatorRef(Record):
     def _fits_the_density(self) -> Self:
         if self.score == "neg_elbo" and self.density != "vae":
             raise ValueError(f"score=neg_elbo: the density must be vae, not {self.density}")
+        if self.feature == "residual_parts" and self.density == "vae":
+            raise ValueError("feature=residual_parts: the density must be gaussian or low_rank, not vae")
         if self.background is not None and self.density == "vae":
             raise ValueError("background: errors of a vae are not likelihoods, so nothing can be taken from them")
         return self
