@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,30 +62,28 @@ def real_features(base_name: str, data: Path | None, *, per_task: int) -> tuple[
     return own, features(base, reference, layer, kind=kind)
 
 
-def simulated(own: list[torch.Tensor], num_tasks: int, *, per_task: int) -> list[torch.Tensor]:
+def simulated(own: list[torch.Tensor], num_tasks: int, *, per_task: int) -> Iterator[torch.Tensor]:
     """Features of `num_tasks` tasks: resampled from a real one, moved towards and beyond another, with noise."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.cat(own).std(0)
-    found = []
     for task in range(num_tasks):
         source = own[task % len(own)]
         other = own[int(torch.randint(len(own), (1,), generator=generator))]
         rows = source[torch.randint(len(source), (per_task,), generator=generator)]
         move = (other.mean(0) - source.mean(0)) * torch.randn(1, generator=generator)
         shift = 0.5 * spread * torch.randn(source.shape[1], generator=generator)
-        found.append(rows + move + shift + 0.1 * spread * torch.randn(rows.shape, generator=generator))
-    return found
+        yield rows + move + shift + 0.1 * spread * torch.randn(rows.shape, generator=generator)
 
 
 def locator_of(
-    tasks: list[torch.Tensor], reference: torch.Tensor, density: Density, *, fitted: int
+    simulation: Iterable[torch.Tensor], reference: torch.Tensor, density: Density, *, fitted: int
 ) -> tuple[Locator, list[torch.Tensor]]:
     """A locator over all tasks, and held-out features of each; only `fitted` VAEs are trained, the rest perturbed."""
     config = replace(TrainingConfig(), locator_steps=200)
     if density != "vae":
-        return _gaussian_locator(tasks, reference, density)
+        return _gaussian_locator(simulation, reference, density)
     width = reference.shape[1] // NUM_PARTS  # a VAE sees the first part
-    tasks, reference = [rows[:, :width] for rows in tasks], reference[:, :width]
+    tasks, reference = [rows[:, :width].clone() for rows in simulation], reference[:, :width]
     frame = make_frame(reference, seed=0, density=density)
     trained = [
         fit_entry(frame, rows[:-4], reference, config, density=density, seed=i) for i, rows in enumerate(tasks[:fitted])
@@ -110,19 +109,20 @@ def locator_of(
 
 
 def _gaussian_locator(
-    tasks: list[torch.Tensor], reference: torch.Tensor, density: Density
+    tasks: Iterable[torch.Tensor], reference: torch.Tensor, density: Density
 ) -> tuple[Locator, list[torch.Tensor]]:
     """All tasks fitted, none calibrated: the task is decided by the errors alone."""
     frame = make_frame(reference, seed=0, density=density, kinds=reference_kinds(), num_parts=NUM_PARTS)
     record = LocatorEntry(digest=NOISE, mean=0.0, sd=1.0, threshold=1e9)
-    entries = []
+    entries, held_out = [], []
     for i, rows in enumerate(tasks):
+        held_out.append(rows[-4:].clone())
         seen = project(frame, rows[:-4], unit_length=True)
         tensors = low_rank_gaussian(seen) if density == "low_rank" else {"mean": seen.mean(0)}
         entries.append((f"task-{i}", tensors, record))
     background = make_background(frame, reference, unit_length=True)
     locator = Locator(frame, entries, score="raw", density=density, background=background, unit_length=True)
-    return locator, [rows[-4:] for rows in tasks]
+    return locator, held_out
 
 
 def decision_ms(locator: Locator, prompts: torch.Tensor) -> float:
@@ -186,9 +186,13 @@ def main() -> None:
     own, reference = real_features(chosen.base, chosen.data, per_task=chosen.per_task)
     rows = []
     for num_tasks in chosen.tasks:
-        tasks = simulated(own, num_tasks, per_task=chosen.per_task)
         for density in chosen.densities:
-            locator, held_out = locator_of(tasks, reference, density, fitted=min(chosen.fitted, num_tasks))
+            locator, held_out = locator_of(
+                simulated(own, num_tasks, per_task=chosen.per_task),
+                reference,
+                density,
+                fitted=min(chosen.fitted, num_tasks),
+            )
             rows.append(row_of(locator, held_out, repeats=chosen.repeats))
             print(json.dumps(rows[-1]), flush=True)
             del locator

@@ -1,4 +1,4 @@
-"""The tables of docs/RESULTS.md, out of benchmarks/results/{continual,grouped,hyper}.json.
+"""The tables of docs/RESULTS.md, out of benchmarks/results/{continual,locator_unseen,grouped,hyper}.json.
 
 It measures nothing and draws nothing.
 Read first: a part of the document lies between `<!-- name -->` and `<!-- /name -->`; this writes all of them anew.
@@ -20,6 +20,9 @@ from training.located import NOBODY
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "RESULTS.md"
+HARD = 0.9
+"""Share of an unknown task's prompts that are refused, below which it is named."""
+
 Result = Mapping[str, Any]
 
 
@@ -53,6 +56,23 @@ def locator(result: Result) -> str:
         where = ", ".join(f"{task} {100 * -count / total:.0f} %" for count, task in most)
         lines.append(f"| {name} | {100 * refused / total:.0f} | {where} |")
     return "\n".join(lines)
+
+
+def unseen(result: Result) -> str:
+    """The locator on prompts of tasks that it does not know, for every density and way to split the tasks."""
+    lines = [
+        "| known | density | distinct right, % | look-alikes right, % | own prompts refused, % | unknown refused, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    keys = ("accuracy_distinct", "accuracy_lookalike", "false_abstain", "abstain_recall")
+    for row in result["rows"]:
+        known = row["known"] if isinstance(row["known"], str) else f"{len(row['known'])} of them"
+        cells = (f"{100 * row[key]:.1f}" if row.get(key) is not None else "" for key in keys)
+        lines.append(f"| {known} | {row['density']} | {' | '.join(cells)} |")
+    hard = {task: share for row in result["rows"][:2] for task, share in row["unseen"].items() if share < HARD}
+    named = ", ".join(f"{task} {100 * share:.0f}" for task, share in sorted(hard.items(), key=lambda item: item[1]))
+    told = f"Hardest to refuse in the first two rows, %: {named}."
+    return "\n".join(lines) + f"\n\n{told}\n\n```bash\n{result['command']}\n```"
 
 
 def growth(result: Result) -> str:
@@ -96,6 +116,7 @@ PARTS: Mapping[str, tuple[str, Callable[[Result], str]]] = MappingProxyType(
     {
         "continual": ("continual.json", continual),
         "locator": ("continual.json", locator),
+        "unseen": ("locator_unseen.json", unseen),
         "growth": ("continual.json", growth),
         "grouped": ("grouped.json", grouped),
         "hyper": ("hyper.json", hyper),

@@ -13,14 +13,19 @@ from runtime.errors import InvalidInputError
 from runtime.model.attach import MixtureFFN, attached, load_mixture
 from runtime.model.base import BaseModel
 from runtime.model.generation import open_generation
+from runtime.model.hyper_module import hyper_linears
 from runtime.model.hyper_sets import stored_shapes
+from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
 from runtime.model.routers import hyper_sizes
 from training.adapters_beside import AdaptersBeside, attach_adapters
+from training.batches import encode_row
 from training.config import TrainingConfig
 from training.data import Example, TaskData
 from training.grow import add_task
+from training.hyper import attach_hyper
 from training.mixtures import fresh_experts, new_mixture
+from training.steps import Steps
 
 CONFIG = TrainingConfig(
     first_layer=2, max_steps=6, learning_rate=1e-2, locator_steps=5, rank=2, batch_size=8, store_dtype="float32"
@@ -39,6 +44,27 @@ def logits(repertoire: Repertoire, base: BaseModel, task: str, generation: int) 
     with torch.no_grad(), attached(base.model, load_mixture(repertoire, opened, task, base.model)):
         found: torch.Tensor = base.model(ids).logits
     return found
+
+
+def test_a_number_that_a_hypernetwork_writes_moves_no_further_than_one_that_is_trained_itself(
+    tiny_base: BaseModel,
+) -> None:
+    new = fresh_experts(tiny_base, [2, 3], HYPER, seed_name="two")
+    ffns = new_mixture(tiny_base, [], new, name="two", first_layer=2, config=HYPER)
+    network = attach_hyper(tiny_base, ffns, name="two", config=HYPER)
+    assert network is not None
+    before = network.weights()
+    template = default_template(tiny_base)
+    rows = [encode_row(tiny_base, template, row.input, row.output, max_tokens=64) for row in task_of("two", "cd").train]
+    steps = Steps(tiny_base, ffns, rows, name="two", config=HYPER, num_steps=1, order_seed=0)
+    with attached(tiny_base.model, ffns):
+        steps.step()
+    moved = {name: float((tensor - before[name]).abs().max()) for name, tensor in network.weights().items()}
+    assert moved["up_right.bias"] == pytest.approx(HYPER.learning_rate, rel=1e-3)
+    assert moved["up_right.weight"] == pytest.approx(HYPER.learning_rate / 128, rel=1e-3)
+    assert sorted(id(weight) for weight in hyper_linears(ffns.values())) == sorted(
+        id(tensor) for name, tensor in network.tensors().items() if name.endswith(".weight")
+    )
 
 
 @pytest.mark.parametrize(("top_k", "kind"), [(2, "network"), (1, "table")])

@@ -20,6 +20,8 @@ from runtime.errors import NonFiniteError
 from runtime.kernels.routing import balance_loss
 from runtime.model.attach import MixtureFFN
 from runtime.model.base import BaseModel
+from runtime.model.hyper import EXPERT_WIDTH
+from runtime.model.hyper_module import hyper_linears
 from training.answer_loss import mean_cross_entropy
 from training.batches import Batch, Row, collate, shuffled_batches
 from training.config import TrainingConfig
@@ -36,7 +38,11 @@ class Steps:
 
     Args:
         base: with `ffns` attached while `step` runs.
-        ffns: layer -> mixture; their trainable parameters are trained, routers at a rate of their own.
+        ffns: layer -> mixture; their trainable parameters are trained, routers at a rate of their own, and linears of a
+            hypernetwork at the experts' over their 128 inputs. What AdamW adds to a weight has the size of the rate
+            whatever the gradient's; so a number that a linear writes moves by the sum over its inputs, and would move a
+            hundred times as far as one that is trained itself (ours; Yang et al., arXiv 2203.03466, scale so with the
+            width).
         rows: examples, at least one.
         name: for messages.
         config: rates, sizes, clipping.
@@ -66,8 +72,10 @@ class Steps:
         found = (p for ffn in ffns.values() for p in ffn.parameters() if p.requires_grad and id(p) not in own)
         experts = list(dict.fromkeys(found))  # what several layers share comes once
         self.parameters: list[nn.Parameter] = [*experts, *routers]
+        linears = {id(weight) for weight in hyper_linears(ffns.values())}
         groups = [
-            {"params": experts, "lr": config.learning_rate},
+            {"params": [p for p in experts if id(p) not in linears], "lr": config.learning_rate},
+            {"params": [p for p in experts if id(p) in linears], "lr": config.learning_rate / EXPERT_WIDTH},
             {"params": routers, "lr": config.router_learning_rate},
         ]
         self._optimizer = torch.optim.AdamW(

@@ -7,6 +7,8 @@ the FFN's output, ungated (HyperMoE, arXiv 2402.12656). They are the `beside` of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -62,6 +64,17 @@ class HeldHyper(nn.Module):
     def forward(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Of x [T, D] and chosen [T, E] bool: [T, D] float32."""
         return self.hyper.add(self.layer, x, chosen)
+
+
+def hyper_linears(ffns: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The weights of all linears of the hypernetworks that are trained beside FFNs; embeddings and biases are none."""
+    networks = {id(ffn.beside.network): ffn.beside.network for ffn in ffns if isinstance(ffn.beside, TrainedHyper)}
+    return [
+        parameter
+        for network in networks.values()
+        for name, parameter in network.tensors().items()
+        if name.endswith(".weight")
+    ]
 
 
 def _attribute(name: str) -> str:
