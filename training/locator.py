@@ -198,11 +198,11 @@ def fit_entry(
             [_held_out_errors(density, projected, order[i::_FOLDS], background) for i in range(_FOLDS)]
         )
     found = calibrate(held_out, _errors(density, tensors, outside, background), false_abstain=allowed)
-    return Entry(tensors, training.mean(0), found)
+    return Entry(tensors, tensors["mean"] if "mean" in tensors else training.mean(0), found)
 
 
 def _gaussian(density: Density, projected: torch.Tensor) -> dict[str, torch.Tensor]:
-    return low_rank_gaussian(projected) if density == "low_rank" else {"mean": projected.mean(0)}
+    return low_rank_gaussian(projected) if density == "low_rank" else {"mean": projected.mean(0).half().float()}
 
 
 def _held_out_errors(
@@ -226,7 +226,8 @@ def low_rank_gaussian(projected: torch.Tensor) -> dict[str, torch.Tensor]:
 
     `C = (1 - s) cov + s I`, s = `_TASK_SHRINKAGE`; in the whitened space the reference's covariance is the identity.
     The 32 leading eigenvectors of C keep their variances, and all other directions share the mean of theirs. With fewer
-    rows than dimensions they follow from the rows' products; directions that no row has are zero.
+    rows than dimensions they follow from the rows' products; directions that no row has are zero. All numbers are rounded
+    to what float16 holds, so that a locator can keep thousands of them in half the memory.
 
     Returns:
         tensors as in `low_rank_shapes`, float32.
@@ -236,13 +237,14 @@ def low_rank_gaussian(projected: torch.Tensor) -> dict[str, torch.Tensor]:
     values, vectors = _leading(centred)
     variances = (1 - _TASK_SHRINKAGE) * values + _TASK_SHRINKAGE
     rest = (1 - _TASK_SHRINKAGE) * (total - values.sum()).clamp(min=0) / (width - RANK) + _TASK_SHRINKAGE
-    return {
+    tensors = {
         "mean": projected.mean(0),
         "directions": vectors.contiguous().float(),
         "gains": (1 / rest - 1 / variances).float(),
         "precision": (1 / rest).reshape(1).float(),
         "volume": (variances.log().sum() + (width - RANK) * rest.log()).reshape(1).float(),
     }
+    return {name: tensor.half().float() for name, tensor in tensors.items()}
 
 
 def _leading(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from runtime.model.density import (
     Weights,
     background_error,
     decode,
+    narrowest,
     negative_elbo,
     pack,
     raw_error,
@@ -150,8 +151,8 @@ class Locator:
         self.deviations = torch.tensor([entry.sd for _, _, entry in entries])
         self.thresholds = torch.tensor([entry.threshold for _, _, entry in entries])
         self.width = PROJECTED * (frame["projection"].shape[0] if frame["projection"].dim() == 3 else 1)
-        self._rows = pack(density, [weights for _, weights, _ in entries]) if entries else torch.zeros(0, 0)
-        self.stacked: Weights = views(density, self._rows, self.width) if entries else {}
+        self._rows = narrowest(pack(density, [weights for _, weights, _ in entries])) if entries else torch.zeros(0, 0)
+        self._few = self.stacked if len(entries) <= nearest else {}
         self.prototypes = self._prototypes([weights for _, weights, _ in entries])  # [N, P]
 
     def scored_by(self, score: Score) -> Locator:
@@ -159,6 +160,11 @@ class Locator:
         other = copy.copy(self)
         other.score = score
         return other
+
+    @property
+    def stacked(self) -> Weights:
+        """The tensors of all densities, float32, with a leading N; made anew where they are held in float16."""
+        return views(self.density, self._rows.float(), self.width) if self.tasks else {}
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Features as the densities see them: [B, D] -> [B, P]."""
@@ -190,11 +196,13 @@ class Locator:
         projected = self.project(features)
         if len(self.tasks) <= self.nearest:
             everything = torch.arange(len(self.tasks))
-            scores, errors = self._ask(self.stacked, projected, everything)
+            scores, errors = self._ask(self._few or self.stacked, projected, everything)
             return [self._decide(row, raw, everything) for row, raw in zip(scores, errors, strict=True)]
         decisions = []
         for row, asked in zip(projected, self.candidates(features), strict=True):
-            scores, errors = self._ask(views(self.density, self._rows[asked], self.width), row.unsqueeze(0), asked)
+            scores, errors = self._ask(
+                views(self.density, self._rows[asked].float(), self.width), row.unsqueeze(0), asked
+            )
             decisions.append(self._decide(scores[0], errors[0], asked))
         return decisions
 
