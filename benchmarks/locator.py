@@ -151,13 +151,14 @@ def row_of(locator: Locator, held_out: list[torch.Tensor], *, repeats: int) -> d
         right_all += best == i
         right += asked[int(errors[asked].argmin())] == i
     numbers = sum(torch.Size(shape).numel() for shape in density_shapes(locator.density, locator.width).values())
+    size = 4 if locator.density == "vae" else 2  # bytes of a number
     return {
         "density": locator.density,
         "num_tasks": num_tasks,
         "ms_per_decision": round(decision_ms(locator, prompts), 3),
         "ms_per_decision_without_prefilter": round(decision_ms(all_asked, prompts), 3),
-        "megabytes": round(4 * num_tasks * numbers / 1e6, 1),
-        "megabytes_touched": round(4 * (min(NEAREST, num_tasks) * numbers + num_tasks * locator.width) / 1e6, 2),
+        "megabytes": round(size * num_tasks * numbers / 1e6, 1),
+        "megabytes_touched": round((size * min(NEAREST, num_tasks) * numbers + 4 * num_tasks * locator.width) / 1e6, 2),
         "prefilter_recall": kept / len(chosen),
         "located_right": right / len(chosen),
         "located_right_without_prefilter": right_all / len(chosen),

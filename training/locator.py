@@ -226,8 +226,8 @@ def low_rank_gaussian(projected: torch.Tensor) -> dict[str, torch.Tensor]:
 
     `C = (1 - s) cov + s I`, s = `_TASK_SHRINKAGE`; in the whitened space the reference's covariance is the identity.
     The 32 leading eigenvectors of C keep their variances, and all other directions share the mean of theirs. With fewer
-    rows than dimensions they follow from the rows' products; directions that no row has are zero. All numbers are rounded
-    to what float16 holds, so that a locator can keep thousands of them in half the memory.
+    rows than dimensions they follow from the rows' products; directions that no row has are zero. All numbers are
+    rounded to what float16 holds, so that a locator can keep thousands of them in half the memory.
 
     Returns:
         tensors as in `low_rank_shapes`, float32.
