@@ -72,8 +72,8 @@ def hyper_linears(ffns: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [
         parameter
         for network in networks.values()
-        for name, parameter in network.tensors().items()
-        if name.endswith(".weight")
+        for name, parameter in network.named_parameters()
+        if name.endswith(_attribute(".weight"))
     ]
 
 
