@@ -227,49 +227,55 @@ struct Use {
 };
 
 // y[t][0 .. 16 N - 1] += sum_r inner[t][r] * b[r, ..] for L tokens. The inner values of a token lie `stride` floats from
-// those of the one before, its vectors of 16 outputs `apart` floats from one another.
-template <class W, int L, int N>
+// those of the one before, its vectors of 16 outputs `apart` floats from one another. With `ON` the outputs behind these
+// are asked for: the product that comes before their turn leaves memory the time.
+template <class W, int L, int N, bool ON>
 inline void expand(const W* b, int64_t rank, const float* inner, int64_t stride, int64_t outputs, float* y, int64_t apart) {
   __m512 sum[L][N];
+#pragma GCC unroll 4
   for (int t = 0; t < L; ++t)
+#pragma GCC unroll 4
     for (int i = 0; i < N; ++i) sum[t][i] = load(y + t * LANES + i * apart);
 #pragma GCC unroll 2
   for (int64_t r = 0; r < rank; ++r, b += outputs) {
+    if (ON) {
+      const char* last = reinterpret_cast<const char*>(b + 2 * N * LANES) - 1;
+      for (int64_t byte = 0; byte < int64_t(N * LANES * sizeof(W)); byte += LINE) _mm_prefetch(last - byte, _MM_HINT_T1);
+    }
     __m512 row[N];
+#pragma GCC unroll 4
     for (int i = 0; i < N; ++i) row[i] = load(b + i * LANES);
+#pragma GCC unroll 4
     for (int t = 0; t < L; ++t) {
       const __m512 factor = _mm512_set1_ps(inner[t * stride + r]);
+#pragma GCC unroll 4
       for (int i = 0; i < N; ++i) sum[t][i] = _mm512_fmadd_ps(row[i], factor, sum[t][i]);
     }
   }
+#pragma GCC unroll 4
   for (int t = 0; t < L; ++t)
+#pragma GCC unroll 4
     for (int i = 0; i < N; ++i) store(y + t * LANES + i * apart, sum[t][i]);
 }
 
 // The same for all tokens of a use, four at a time.
-template <class W, int N>
+template <class W, int N, bool ON>
 inline void expand(const Use& use, int64_t o, int64_t stride, int64_t outputs, float* y, int64_t apart) {
   const W* b = static_cast<const W*>(use.b) + o;
   const float* inner = use.inner;
   int64_t left = use.tokens;
   for (; left >= 4; left -= 4, inner += 4 * stride, y += 4 * LANES) {
-    expand<W, 4, N>(b, use.rank, inner, stride, outputs, y, apart);
+    expand<W, 4, N, ON>(b, use.rank, inner, stride, outputs, y, apart);
   }
-  for (; left > 0; --left, inner += stride, y += LANES) expand<W, 1, N>(b, use.rank, inner, stride, outputs, y, apart);
+  for (; left > 0; --left, inner += stride, y += LANES) expand<W, 1, N, ON>(b, use.rank, inner, stride, outputs, y, apart);
 }
 
-constexpr int LINES_PER_USE = 6;  // that come from memory while one use is added
-// What `count` uses add to N vectors of 16 outputs from o on. Meanwhile the memory at `ahead` is asked for, unless null,
-// and `ahead` goes on.
-template <int N>
-inline void expand(const Use* uses, int64_t count, int64_t o, int64_t stride, int64_t outputs, float* y, int64_t apart,
-                   const char*& ahead) {
+// What `count` uses add to N vectors of 16 outputs from o on.
+template <int N, bool ON>
+inline void expand(const Use* uses, int64_t count, int64_t o, int64_t stride, int64_t outputs, float* y, int64_t apart) {
   for (int64_t i = 0; i < count; ++i) {
-    if (ahead) {
-      for (int line = 0; line < LINES_PER_USE; ++line, ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T1);
-    }
     float* to = y + uses[i].at * LANES;
-    if (uses[i].halves) expand<bf16, N>(uses[i], o, stride, outputs, to, apart);
-    else expand<float, N>(uses[i], o, stride, outputs, to, apart);
+    if (uses[i].halves) expand<bf16, N, ON>(uses[i], o, stride, outputs, to, apart);
+    else expand<float, N, ON>(uses[i], o, stride, outputs, to, apart);
   }
 }

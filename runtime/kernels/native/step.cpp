@@ -69,7 +69,6 @@ struct alignas(64) Desk {
   std::vector<Use> uses[3];            // of the experts, for each linear of a phase
   std::vector<int32_t> tile_begin[3];  // where those of each tile begin, and the end
   std::vector<const Column*> columns;  // what few tokens use, each once
-  const char* ahead;                   // weights of the base that come next, while experts are added; or null
 };
 
 // The linears of a layer that read the same input, with the widths of input and outputs.
@@ -80,6 +79,16 @@ struct Linears {
   };
   int64_t width;
   std::vector<One> targets;
+
+  // Whether one of them has its first output in begin .. end - 1.
+  bool begins(int64_t begin, int64_t end, bool alternate) const {
+    int64_t at = 0;
+    for (const One& each : targets) {
+      if (begin <= at && at < end) return true;
+      at += alternate ? 0 : each.outputs;
+    }
+    return false;
+  }
 };
 
 struct Model {
@@ -190,6 +199,9 @@ struct Step {
 
   // Whether experts come from memory for every token; with many tokens the caches hold them anyway.
   bool few() const { return tokens <= FEW; }
+
+  // Whether a thread comes to the next outputs so soon that what it asks for now is still in its caches.
+  bool in_a_tile() const { return tokens <= TILE; }
 
   // Make every token's row(t) the input of a matrix, and call then(t). Threads share tiles if that deals them out
   // evenly; else each takes some columns of all tokens, since the tokens of a tile share the lines that are written.
@@ -305,17 +317,20 @@ struct Step {
 
   // Add to `count` vectors of 16 outputs from o on, of the tile of tokens at t, what their experts give to a linear;
   // `outputs` is the width of a row of B.
-  void add(Desk& desk, int64_t t, int which, int64_t o, int64_t outputs, float (*y)[TILE][LANES], int count) const {
-    const char*& ahead = desk.ahead;
+  void add(const Desk& desk, int64_t t, int which, int64_t o, int64_t outputs, float (*y)[TILE][LANES], int count) const {
     const int32_t begin = desk.tile_begin[which][t / TILE], end = desk.tile_begin[which][t / TILE + 1];
     const Use* uses = desk.uses[which].data() + begin;
     const int64_t stride = 3 * m.s.max_k * m.s.max_rank;
     constexpr int64_t apart = TILE * LANES;
+    const auto by = [&]<int N>() {
+      if (in_a_tile()) expand<N, true>(uses, end - begin, o, stride, outputs, y[0][0], apart);
+      else expand<N, false>(uses, end - begin, o, stride, outputs, y[0][0], apart);
+    };
     switch (count) {
-      case 4: return expand<4>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
-      case 3: return expand<3>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
-      case 2: return expand<2>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
-      default: return expand<1>(uses, end - begin, o, stride, outputs, y[0][0], apart, ahead);
+      case 4: return by.template operator()<4>();
+      case 3: return by.template operator()<3>();
+      case 2: return by.template operator()<2>();
+      default: return by.template operator()<1>();
     }
   }
 
@@ -411,12 +426,15 @@ struct Step {
     Upcoming& upcoming = m.desks[rank].upcoming;
     upcoming.phase.spread(items / m.team.size() * asks);
     upcoming.item.clear();
+    int64_t expected = -1;  // the item whose experts are asked for already
     share.each(items, rank, [&](int64_t item) {
       const int64_t first = item * run, last = std::min(first + run, blocks);
-      if (linears && few()) {
+      const bool begins = linears && linears->begins(first * LANES, last * LANES, parts == 2);
+      if (linears && few() && (begins || item != expected)) {
         expect_b(rank, *linears, first * LANES, last * LANES, parts == 2);
         upcoming.item.spread(asks - asks / 4);
       }
+      if (in_a_tile()) expected = item + 1;
       const auto pieces = [&](auto&& each) {
         for (int64_t block = first, end; block < last; block = end) {
           end = std::min(last, (block / per_border + 1) * per_border);
@@ -434,8 +452,6 @@ struct Step {
           for (int64_t k = block - first * parts, j = 0; j < together; ++k, ++j) to[j] = out[k % parts * RUN + k / parts];
           multiply_tile(matrix, block, together, in, t, ahead, upcoming, to);
         }
-        const uint8_t* after = matrix.codes + last * parts * int64_t(matrix.block_bytes) + NEAR;
-        m.desks[rank].ahead = tiles == 1 ? reinterpret_cast<const char*>(after) : nullptr;
         pieces([&](int64_t block, int n) { done(block * LANES, t, count, out + (block - first), n); });
       }
     });
