@@ -184,10 +184,12 @@ class StepRunner:
         return MixtureRows(stage, torch.tensor(rows, device=self._model.device), RouteWatch(told) if told else None)
 
     def _finish(self, flows: list[_Flow]) -> tuple[list[Sequence], torch.Tensor]:
-        ended: list[tuple[Sequence, torch.Tensor]] = []
+        ended: list[Sequence] = []
+        rows: list[torch.Tensor] = []  # [*, D] each
         for flow in flows:
             if flow.part is None:
-                ended += zip(flow.owners(), flow.hidden, strict=True)
+                ended += flow.owners()
+                rows.append(flow.hidden)
                 continue
             sequence, part = flow.part.sequence, flow.part
             assert sequence.residual is not None, "a prompt under way has a residual stream"
@@ -199,14 +201,13 @@ class StepRunner:
                 score_part(self._model, sequence, part.start, flow.hidden)
             if done:
                 sequence.residual = None
-                ended.append((sequence, flow.hidden[-1]))
+                ended.append(sequence)
+                rows.append(flow.hidden[-1:])
         if not ended:
             return [], self._model.embedding[:0]
-        logits = self._model.logits(torch.stack([hidden for _, hidden in ended]))
+        logits = self._model.logits(torch.cat(rows) if len(rows) > 1 else rows[0])
         drafts = {flow.sequences[0]: flow.draft for flow in flows if flow.draft}
-        if not drafts:
-            return [sequence for sequence, _ in ended], logits
-        return self._judge([sequence for sequence, _ in ended], logits, drafts)
+        return self._judge(ended, logits, drafts) if drafts else (ended, logits)
 
     def _judge(
         self, sequences: list[Sequence], logits: torch.Tensor, drafts: dict[Sequence, tuple[int, ...]]

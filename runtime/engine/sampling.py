@@ -99,9 +99,9 @@ def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Chosen | G
     # NumPy is ten times faster at this than torch on a CPU; both take the first of equal logits.
     best = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(1).tolist()
     chosen: list[Chosen | GreenroomError] = []
-    for sampler, token, row in zip(samplers, best, logits, strict=True):
+    for row, (sampler, token) in enumerate(zip(samplers, best, strict=True)):
         try:
-            chosen.append(Chosen(token) if sampler.plain else sampler.choose(row))
+            chosen.append(Chosen(token) if sampler.plain else sampler.choose(logits[row]))
         except GreenroomError as error:
             chosen.append(error)
     return chosen

@@ -177,12 +177,15 @@ class Sequence:
         except RuntimeError as error:  # the caller's event loop is closed
             _log.warning("request %s: event dropped: %s", self.request.request_id, error)
 
-    def take(self, chosen: Chosen, logits: torch.Tensor, eos_token_ids: tuple[int, ...]) -> None:
-        """Add a token that was chosen from logits [V], emit its text, and end if it is the last."""
+    def keep(self, logits: torch.Tensor) -> None:
+        """Keep the logits [V] of the token that is taken next."""
+        if self.phase is not Phase.ENDED:
+            self._logits.append(logits.float().cpu())
+
+    def take(self, chosen: Chosen, eos_token_ids: tuple[int, ...]) -> None:
+        """Add a token, emit its text, and end if it is the last."""
         if self.phase is Phase.ENDED:
             return
-        if self.request.keep_logits:
-            self._logits.append(logits.float().cpu())
         if not self.output:
             self._first_token = time.monotonic()
         self.output.append(chosen.token)

@@ -74,11 +74,13 @@ class Speaking:
         if rows != tuple(range(len(sequences))):
             logits = logits[list(rows)]
         tokens = choose([sequence.sampler for sequence in speaking], logits)
-        for sequence, chosen, row in zip(speaking, tokens, logits, strict=True):
+        for row, (sequence, chosen) in enumerate(zip(speaking, tokens, strict=True)):
             if isinstance(chosen, GreenroomError):
                 sequence.fail(chosen)
             else:
-                sequence.take(chosen, row, self._eos_token_ids)
+                if sequence.request.keep_logits:
+                    sequence.keep(logits[row])
+                sequence.take(chosen, self._eos_token_ids)
         return len(speaking)
 
     def _speakers(self, sequence: Sequence) -> Items[Sequence]:
