@@ -51,7 +51,7 @@ class EngineOptions:
     max_context: int = 2048
     max_step_tokens: int = 512
     max_passes: int = 32
-    num_loaders: int = 1
+    num_loaders: int = 2
     max_draft: int = 0
     prefetch: bool = True
     policy: Policy = "fcfs"

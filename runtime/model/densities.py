@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from threading import Lock, Thread
 
 from runtime.errors import RepertoireError
+from runtime.kernels.freed_memory import give_back
 from runtime.model.density import Weights, background_shapes, density_shapes, prototype_shapes
 from runtime.model.locator import Locator, frame_shapes, projected_width
 from runtime.model.manifest import LocatorEntry, LocatorRef, Manifest, Task
@@ -62,6 +63,7 @@ class Densities:
         with self._lock:
             if self._made is None:
                 self._made = self._read()
+                give_back()  # what was read in small pieces is stacked by now
             return self._made
 
     def _read(self) -> tuple[Locator, Locator]:

@@ -1,0 +1,73 @@
+"""The table of docs/MEMORY.md, made of benchmarks/results/memory.json.
+
+It measures nothing; `benchmarks/memory.py` calls it when it has written its results.
+Read first: the rows between the two markers are replaced, and nothing else.
+
+    python benchmarks/memory_table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+PAGE = Path(__file__).parents[1] / "docs" / "MEMORY.md"
+_BEGIN, _END = "<!-- memory -->\n", "<!-- /memory -->"
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Rows of figure, value and goal."""
+    few, many = results["startup"]["few"], results["startup"]["many"]
+
+    def two(name: str) -> str:
+        return " and ".join(f"{results[f'{name}_{pages}_pages']:.2f}" for pages in ("warm", "cold"))
+
+    def churn(disk: str) -> str:
+        return f"{results[f'p99_ttft_prefetch_over_off{disk}']:.2f}"
+
+    stalls = " and ".join(
+        f"{results[f'stall_ms_per_request{disk}']:.1f} instead of {results[f'stall_ms_per_request_off{disk}']:.1f}"
+        for disk in ("", "_slow_disk")
+    )
+    guesses = ", ".join(
+        f"{results[name]:.2f}" for name in ("prefetch_precision", "prefetch_recall", "wasted_bytes_share")
+    )
+    experts = " and ".join(f"{row['experts_of_5_tasks_mb']:.1f}" for row in (few, many))
+    rows = [
+        ("`throughput_1000_over_5`", f"{results['throughput_1000_over_5']:.2f}", "0.95 or more"),
+        ("start-up, ms per task of 1,000", f"{many['ms_per_task']:.2f}", "below 1"),
+        ("memory of 5 tasks' experts, MB, with 5 and with 1,000 registered", experts, "the same"),
+        ("memory of 1,000 tasks' densities (VAEs), MB", f"{many['densities_mb']:.0f}", ""),
+        ("`throughput_at_2x_over_resident`", f"{results['throughput_at_2x_over_resident']:.2f}", "0.7 or more"),
+        (
+            "`cold_over_warm_ttft` with guesses, page cache warm and cold",
+            two("cold_over_warm_ttft_prefetch"),
+            "1.05 or less",
+        ),
+        ("the same without guesses", two("cold_over_warm_ttft_off"), ""),
+        ("the same of a short prompt, with guesses", two("cold_over_warm_ttft_short_prompt_prefetch"), ""),
+        ("`p99_ttft_prefetch_over_off` in churn, this machine's disk", churn(""), "0.75 or less"),
+        ("`p99_ttft_prefetch_over_off_slow_disk`, the same at 200 MB/s", churn("_slow_disk"), "0.75 or less"),
+        (
+            "ms per request that prompts stood still in churn, on the two disks, with guesses instead of without",
+            stalls,
+            "",
+        ),
+        ("`prefetch_precision`, `prefetch_recall`, `wasted_bytes_share`", guesses, ""),
+    ]
+    lines = ["| figure | value | goal |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines).replace("|  |", "| |") + "\n"
+
+
+def write_table() -> None:
+    """Replace the rows."""
+    page = PAGE.read_text()
+    begin, end = page.index(_BEGIN) + len(_BEGIN), page.index(_END)
+    PAGE.write_text(page[:begin] + table(json.loads(RESULTS.read_text())) + page[end:])
+
+
+if __name__ == "__main__":
+    write_table()
