@@ -272,7 +272,7 @@ def pressure(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int)
             for served in (resident, bounded):
                 served.burst(range(num_tasks), width=4, num_tokens=2)
             for repeat in range(repeats):
-                tasks = zipf(num_tasks, 18, seed=repeat)
+                tasks = zipf(num_tasks, 12, seed=repeat)
                 speeds = [served.burst(tasks, width=4, num_tokens=16) for served in (resident, bounded)]
                 ratios.append(speeds[1] / speeds[0])
             memory = bounded.engine.statistics().memory
@@ -309,42 +309,36 @@ class SlowDisk(Repertoire):
 
 
 def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) -> dict[str, float]:
-    """P99 of the time to first token with guesses over that without, and the same on a slow disk.
-
-    Short answers of 16 tasks, each as likely, large experts, room for half of them, nothing of them in the page cache:
-    two requests run, and two wait for their turn.
-    """
+    """P99 of the time to first token with guesses over that without, and the same on a slow disk."""
     slow = SlowDisk(repertoire.root, bytes_per_s=SLOW_DISK)
     here = churn_on(bench, repertoire, num_tasks, 6 * repeats)
-    there = churn_on(bench, slow, num_tasks, 6 * repeats)
+    there = churn_on(bench, slow, num_tasks, 2 * repeats)
     return {**here, **{f"{name}_slow_disk": value for name, value in there.items()}}
 
 
 def churn_on(bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int) -> dict[str, float]:
-    """One disk's part of it: rounds of 50 requests, in blocks of six; the median of the blocks' ratios."""
+    """One disk's part of it: rounds of 50 requests; the median over three blocks of rounds of the blocks' ratios.
+
+    Short answers of 16 tasks, each as likely, large experts, room for half of them, nothing of them in the page cache.
+    Requests come at random, half as many a second as could be answered without guesses.
+    """
     budget = num_tasks * set_bytes(repertoire) // 2
-    blocks: list[dict[bool, list[float]]] = []
-    options = {"prompt": short_prompt, "expert_budget_bytes": budget, "max_running": 2}
+    blocks: list[dict[bool, list[float]]] = [{True: [], False: []} for _ in range(3)]
+    options = {"prompt": short_prompt, "expert_budget_bytes": budget, "max_running": 4}
     with (
         bench.serve(repertoire, prefetch=True, **options) as on,  # type: ignore[arg-type]
         bench.serve(repertoire, prefetch=False, **options) as off,  # type: ignore[arg-type]
     ):
-        for repeat in range(rounds):  # the worst hundredth needs many
-            tasks = random.Random(repeat).choices(range(num_tasks), k=50)
-            if repeat % 6 == 0:
-                blocks.append({True: [], False: []})
+        for served in (on, off):
+            served.burst(range(num_tasks), width=4, num_tokens=2)
+        rate = off.burst(random.Random("rate").choices(range(num_tasks), k=50), width=4, num_tokens=2) / 2 / 2
+        before = [served.engine.statistics().stall_s for served in (on, off)]
+        for number in range(rounds):
             turns = ((True, on), (False, off))
-            for prefetch, served in turns if repeat % 2 else reversed(turns):
-                flying: list[tuple[int, Asked]] = []
-                for task in [*tasks, *[-1] * 4]:
-                    if len(flying) == 4 or (task < 0 and flying):
-                        ended, asked = flying.pop(0)
-                        blocks[-1][prefetch].append(asked.first_s())
-                        drop_pages(repertoire, ended)
-                    if task >= 0:
-                        flying.append((task, served.ask(task, num_tokens=4)))
+            for prefetch, served in turns if number % 2 else reversed(turns):
+                blocks[3 * number // rounds][prefetch] += arrivals(served, repertoire, num_tasks, rate, seed=number)
         memory = on.engine.statistics().memory
-        stalls = [served.engine.statistics().stall_s for served in (on, off)]
+        stalls = [served.engine.statistics().stall_s - was for served, was in zip((on, off), before, strict=True)]
     settled = memory.prefetch_useful_bytes + memory.prefetch_wasted_bytes
 
     def ratio(share: float) -> float:
@@ -356,13 +350,29 @@ def churn_on(bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int) 
         "p90_ttft_prefetch_over_off": ratio(0.9),
         "p50_ttft_prefetch_over_off": ratio(0.5),
         "p99_ttft_off_ms": 1e3 * percentile(every, 0.99),
+        "p50_ttft_off_ms": 1e3 * percentile(every, 0.5),
         "requests_each_way": len(every),
+        "requests_per_s": rate,
         "stall_ms_per_request": 1e3 * stalls[0] / len(every),
         "stall_ms_per_request_off": 1e3 * stalls[1] / len(every),
         "prefetch_precision": memory.prefetch_precision,
         "prefetch_recall": memory.prefetch_recall,
         "wasted_bytes_share": memory.prefetch_wasted_bytes / max(1, settled),
     }
+
+
+def arrivals(served: Served, repertoire: Repertoire, num_tasks: int, rate: float, *, seed: int) -> list[float]:
+    """Seconds to the first token of 50 requests that come at random, `rate` a second (Poisson)."""
+    chance = random.Random(seed)
+    flying: list[Asked] = []
+    due = time.perf_counter()
+    for _ in range(50):
+        due += chance.expovariate(rate)
+        time.sleep(max(0.0, due - time.perf_counter()))
+        task = chance.randrange(num_tasks)
+        drop_pages(repertoire, task)
+        flying.append(served.ask(task, num_tokens=2))
+    return [asked.first_s() for asked in flying]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
