@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtime.engine.follower import HeadFollower
 from runtime.errors import (
     BlobMissingError,
     BudgetError,
+    DigestMismatchError,
     GreenroomError,
     InvalidInputError,
     ManifestError,
@@ -133,6 +135,24 @@ def test_a_blob_deleted_under_a_running_server_is_missed_only_when_it_must_be_re
     path.write_bytes(data)
     engine.memory.forgive()
     assert ask(engine, "x", task="blue").wait().tokens == answer
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_bit_that_flips_after_the_first_load_is_found_when_the_expert_is_read_again(
+    three_tasks: Workshop, make_engine: MakeEngine, place: int
+) -> None:
+    engine = make_engine(three_tasks)
+    assert ask(engine, "x", task="blue").wait().finished.reason == "length"
+    path = blob_of(three_tasks, "blue")
+    was, data = path.stat(), bytearray(path.read_bytes())
+    entry = next(entry for entry in three_tasks.repertoire.manifest().experts if entry.task == "blue")
+    data[entry.units[place].offset] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))  # as a disk that rots does: no date tells of it
+    engine.evict("blue")
+    error = ask(engine, "x", task="blue").wait().error
+    assert isinstance(error, DigestMismatchError)
+    assert f"layer {entry.units[place].layer}" in str(error)
 
 
 @pytest.mark.parametrize("escape", ["../../../../etc/passwd", "/etc/passwd", "a" * 63 + "/"])
