@@ -244,6 +244,13 @@ def test_a_whitened_frame_makes_the_reference_round_and_stays_when_tasks_come() 
     assert torch.equal(frame["projection"], make_frame(reference, seed=1, density="gaussian")["projection"])
 
 
+def test_a_prompt_has_the_same_surprise_alone_as_among_others() -> None:
+    fitted = [low_rank_gaussian(points(60, seed)) for seed in range(3)]
+    weights, asked = views("low_rank", pack("low_rank", fitted)), points(5, 8)
+    alone = torch.cat([raw_error("low_rank", weights, row.unsqueeze(0)) for row in asked])
+    torch.testing.assert_close(alone, raw_error("low_rank", weights, asked), rtol=1e-5, atol=1e-5)
+
+
 def test_densities_are_held_in_half_the_memory_where_that_loses_nothing() -> None:
     fitted = [low_rank_gaussian(points(60, seed)) for seed in range(3)]
     rows = pack("low_rank", fitted)

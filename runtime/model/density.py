@@ -146,8 +146,12 @@ def surprise(weights: Weights, projected: torch.Tensor) -> torch.Tensor:
     of `low_rank_shapes` along its directions v and `rest` elsewhere (ours): [B, P] -> [B, N].
     """
     means, directions = weights["mean"], weights["directions"]  # [N, P], [N, R, P]
-    along = projected @ directions.flatten(0, 1).t()  # [B, N * R]
-    along = along.view(-1, *directions.shape[:2]) - torch.einsum("nrp,np->nr", directions, means)
+    if projected.shape[0] == 1:  # read once and copied nowhere: the way of a prompt that is served
+        offsets = projected - means
+        along = torch.stack([own.mv(offset) for own, offset in zip(directions, offsets, strict=True)]).unsqueeze(0)
+    else:
+        along = projected @ directions.flatten(0, 1).t()  # [B, N * R]
+        along = along.view(-1, *directions.shape[:2]) - torch.einsum("nrp,np->nr", directions, means)
     inside = (along.square() * weights["gains"]).sum(2)
     distance = projected.shape[1] * squared_distance(means, projected) * weights["precision"][:, 0]
     total: torch.Tensor = distance - inside + weights["volume"][:, 0]

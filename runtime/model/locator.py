@@ -201,7 +201,7 @@ class Locator:
         decisions = []
         for row, asked in zip(projected, self.candidates(features), strict=True):
             scores, errors = self._ask(
-                views(self.density, self._rows[asked].float(), self.width), row.unsqueeze(0), asked
+                views(self.density, self._rows.index_select(0, asked).float(), self.width), row.unsqueeze(0), asked
             )
             decisions.append(self._decide(scores[0], errors[0], asked))
         return decisions
