@@ -192,11 +192,26 @@ def test_what_needs_more_room_makes_recordings_void(workshop: Workshop, make_eng
         assert len(recorded.recordings) == captures
 
 
-def test_answers_that_are_explained_run_as_without_recording(three_tasks: Workshop, make_engine: MakeEngine) -> None:
-    engine = make_engine(three_tasks, capture=RecordedSteps())
-    answer = ask(engine, "abc", task="red", max_tokens=4, explain=True).wait()
-    assert answer.finished.explanation
-    assert engine.statistics().graphs == GraphCounts(fallbacks=3)
+def test_explained_answers_tell_the_weights_of_replayed_steps(kinds: Workshop, make_engine: MakeEngine) -> None:
+    plain, replaying = make_engine(kinds), make_engine(kinds, capture=RecordedSteps())
+    crowd = [{**wish, "explain": i % 2 == 0} for i, wish in enumerate(CROWD)]
+    one, other = ([answer.wait().finished for answer in ask_all(engine, crowd)] for engine in (plain, replaying))
+    assert [len(finished.explanation) for finished in one] == [2, 0, 2, 0, 2, 0, 2, 0]
+    for expected, got in zip(one, other, strict=True):
+        assert [each.layer for each in got.explanation] == [each.layer for each in expected.explanation]
+        for layer, found in zip(expected.explanation, got.explanation, strict=True):
+            assert found.experts == pytest.approx(layer.experts, abs=1e-5)
+            assert found.groups == pytest.approx(layer.groups, abs=1e-5)
+    assert replaying.statistics().graphs.fallbacks == 0
+
+
+def test_what_is_explained_is_read_of_a_recording_of_its_own(three_tasks: Workshop, make_engine: MakeEngine) -> None:
+    recorded = RecordedSteps()
+    engine = make_engine(three_tasks, capture=recorded)
+    for explain, captures in ((False, 1), (True, 2), (False, 2), (True, 2)):
+        answer = ask(engine, "abc", task="red", max_tokens=4, explain=explain).wait()
+        assert bool(answer.finished.explanation) is explain
+        assert len(recorded.recordings) == captures
 
 
 def test_hyper_adapters_run_as_without_recording(workshop: Workshop, make_engine: MakeEngine) -> None:

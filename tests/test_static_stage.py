@@ -92,7 +92,7 @@ def outputs(layer: StagedLayer, x: dict[int, torch.Tensor], rows: torch.Tensor) 
 
 @pytest.mark.parametrize("num_tokens", [6, 18])
 def test_a_seat_computes_what_the_pack_computes_whatever_was_in_it(made: MakeMixtures, num_tokens: int) -> None:
-    static = StaticPacks(packs())
+    static = StaticPacks(packs(), num_rows=18)
     torch.manual_seed(0)
     x = {width: torch.randn(num_tokens, width) for width in (64, 128)}
     for names in SETS:
@@ -109,11 +109,11 @@ def test_a_seat_computes_what_the_pack_computes_whatever_was_in_it(made: MakeMix
 
 
 def test_nothing_of_an_earlier_pack_is_left(made: MakeMixtures) -> None:
-    used, largest = StaticPacks(packs()), made(SETS[1])
+    used, largest = StaticPacks(packs(), num_rows=18), made(SETS[1])
     for names, others in itertools.permutations([SETS[0], *SETS[2:]], 2):
         used.pack(LAYER, made(names))
         used.pack(LAYER, largest)
-        fresh = StaticPacks(packs())
+        fresh = StaticPacks(packs(), num_rows=18)
         for value in tensors_of(fresh.pack(LAYER, largest)).values():  # as much room, and nothing in it
             value.zero_()
         expected, got = tensors_of(fresh.pack(LAYER, made(others))), tensors_of(used.pack(LAYER, made(others)))
@@ -123,7 +123,7 @@ def test_nothing_of_an_earlier_pack_is_left(made: MakeMixtures) -> None:
 
 
 def test_memory_stays_where_it_is_until_more_room_is_needed(made: MakeMixtures) -> None:
-    static = StaticPacks(packs())
+    static = StaticPacks(packs(), num_rows=18)
     first = static.pack(LAYER, made(("red",)))
     assert static.version(LAYER) == 1
     grown = static.pack(LAYER, made(SETS[1]))
@@ -136,7 +136,7 @@ def test_memory_stays_where_it_is_until_more_room_is_needed(made: MakeMixtures) 
 
 
 def test_every_part_of_a_seat_begins_where_compiled_kernels_take_it(made: MakeMixtures) -> None:
-    static = StaticPacks(packs())
+    static = StaticPacks(packs(), num_rows=18)
     for update in static.pack(LAYER, made(SETS[1])).updates.values():
         for begin, end, b in update.b.values():
             assert begin % 16 == end % 16 == update.a[begin:end].data_ptr() % 16 == b.data_ptr() % 16 == 0
@@ -144,7 +144,7 @@ def test_every_part_of_a_seat_begins_where_compiled_kernels_take_it(made: MakeMi
 
 def test_what_is_held_is_not_copied_again(made: MakeMixtures) -> None:
     inner = packs()
-    static, mixtures = StaticPacks(inner), made(("red",))
+    static, mixtures = StaticPacks(inner, num_rows=18), made(("red",))
     seated = static.pack(LAYER, mixtures)
     seated.router.weight.fill_(7)  # as nothing else would
     again = static.pack(LAYER, mixtures)

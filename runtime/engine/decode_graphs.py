@@ -5,8 +5,8 @@ Read first: it is the same step as without recording, on buffers that stay where
 rows of mixtures in one tensor, packed layers in seats (`runtime.engine.static_stage`), keys and values in the cache.
 Rows that only fill up a step are plain base tokens in the cache's spare slot 0, which no sequence gets. A recording is
 found by the step's size, the context that it looks at and the version of every seat; one whose seat has moved is
-dropped. Not recorded, and run as ever: steps with prompts or drafts, with answers that are to be explained (whose
-weights are read back per layer) and with hyper-adapters (which choose tokens by value).
+dropped. Where an answer is to be explained, the routers' weights are kept beside the seats and read after the replay.
+Not recorded, and run as ever: steps with prompts or drafts, and with hyper-adapters (which choose tokens by value).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from runtime.engine.attention import StaticPlan
+from runtime.engine.explain import RouteWatch
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import MixtureRows
 from runtime.engine.sequence import Sequence
@@ -44,7 +45,20 @@ _LEAST_CONTEXT = 128
 class _Key:
     size: int
     context: int
+    explained: bool
     seats: tuple[tuple[int, int], ...]  # layer, version
+
+
+class _KeptWeights(RouteWatch):
+    """Keeps all weights of a step where its layers' seats have room for them."""
+
+    def __init__(self, packs: StaticPacks) -> None:
+        super().__init__({})
+        self._packs = packs
+
+    def note(self, layer: int, weights: torch.Tensor) -> None:
+        """Keep a layer's weights [T, C]."""
+        self._packs.weights(layer)[: len(weights)].copy_(weights)
 
 
 class DecodeGraphs:
@@ -71,7 +85,7 @@ class DecodeGraphs:
     ) -> None:
         assert cache.spare >= SPARE_SLOTS, "rows that fill up a step have a slot of their own"
         self._model, self._cache, self._capture = model, cache, capture
-        self._packs = StaticPacks(packs)
+        self._packs = StaticPacks(packs, num_rows=cache.num_slots)
         self._recorded: OrderedDict[_Key, Captured] = OrderedDict()
         self._inputs = torch.zeros(4, cache.num_slots, dtype=torch.int64, device=model.device)
         self._logits = torch.zeros(cache.num_slots, len(model.embedding), device=model.device)
@@ -85,8 +99,7 @@ class DecodeGraphs:
         Returns:
             logits [B, V] float32, a new tensor; None where this step is to run as without recording.
         """
-        explained = any(sequence.request.explain for sequence in sequences)
-        if self._refused or explained or any(mixture.hyper for mixture, _ in mixtures):
+        if self._refused or any(mixture.hyper for mixture, _ in mixtures):
             self.pass_by()
             return None
         stage = Stage(mixtures, self._packs)
@@ -95,37 +108,44 @@ class DecodeGraphs:
         size = min(rounded(max(slots), least=1), self._cache.num_slots)
         longest = 1 + max(sequence.position for sequence in sequences)
         context = min(rounded(longest, least=_LEAST_CONTEXT), self._cache.shape.context)
-        key = _Key(size, context, tuple((layer, self._packs.version(layer)) for layer in layers))
         rows = [stage.row(sequence.mixture) for sequence in sequences]
+        told = {i: (each.explanation, rows[i]) for i, each in enumerate(sequences) if each.request.explain}
+        key = _Key(size, context, bool(told), tuple((layer, self._packs.version(layer)) for layer in layers))
         tokens = [sequence.output[-1] for sequence in sequences]
         spare = [0] * (size - len(rows))
         columns = (tokens, slots, [sequence.position for sequence in sequences], rows)
         pinned = self._model.device.type == "cuda"
         new = torch.tensor([column + spare for column in columns], dtype=torch.int64, pin_memory=pinned)
         self._inputs[:, :size].copy_(new, non_blocking=True)
-        recorded = self._recorded.get(key) or self._record(key, self._step(size, context, stage if layers else None))
+        recorded = self._recorded.get(key) or self._record(key, self._step(key, stage if layers else None))
         if recorded is None:
             self.pass_by()
             return None
         self._recorded.move_to_end(key)
         recorded.replay()
         self.counts = replace(self.counts, replays=self.counts.replays + 1)
+        if told:
+            watch = RouteWatch(told)
+            for layer in layers:
+                watch.note(layer, self._packs.weights(layer))
+            watch.tell(Stage(mixtures, self._packs.packs))
         return self._logits[: len(rows)].clone()
 
     def pass_by(self) -> None:
         """Count a step that runs as without recording."""
         self.counts = replace(self.counts, fallbacks=self.counts.fallbacks + 1)
 
-    def _step(self, size: int, context: int, stage: Stage | None) -> Callable[[], None]:
+    def _step(self, key: _Key, stage: Stage | None) -> Callable[[], None]:
         """What is recorded: it reads and writes buffers only, and may be run again."""
-        model, cache = self._model, self._cache
+        model, cache, size = self._model, self._cache, key.size
+        watch = _KeptWeights(self._packs) if key.explained else None
         ids, slots, positions, rows = self._inputs[:, :size]
         logits = self._logits[:size]
 
         def run() -> None:
             hidden = model.embed(ids, positions)
-            plan = StaticPlan(slots, positions, span=SPARE_SLOTS + size, context=context)
-            mixtures = MixtureRows(stage, rows) if stage else None
+            plan = StaticPlan(slots, positions, span=SPARE_SLOTS + size, context=key.context)
+            mixtures = MixtureRows(stage, rows, watch) if stage else None
             model.run_layers(hidden, range(len(model.layers)), plan, cache, mixtures)
             logits.copy_(model.logits(hidden))
 

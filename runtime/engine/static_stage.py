@@ -26,10 +26,17 @@ from runtime.model.mixture import Mixture
 
 @dataclass(frozen=True)
 class SeatedLayer(StagedLayer):
-    """A staged layer of fixed shapes; its tables for kernels are filled with it. It names no experts or columns."""
+    """A staged layer of fixed shapes; its tables for kernels are filled with it. It names no experts or columns.
+
+    Args:
+        columns_table: see `StagedLayer.kernel_columns`.
+        update_tables: see `StagedLayer.kernel_updates`.
+        weights: [rows of a step at most, C], room for what the router gives.
+    """
 
     columns_table: KernelColumns
     update_tables: Mapping[Target, KernelUpdate]
+    weights: torch.Tensor
 
     @cached_property
     def kernel_columns(self) -> KernelColumns:
@@ -101,15 +108,17 @@ class StaticPacks:
 
     Args:
         packs: makes what is seated.
+        num_rows: of a step at most.
     """
 
-    def __init__(self, packs: LayerPacks) -> None:
-        self._packs = packs
+    def __init__(self, packs: LayerPacks, *, num_rows: int) -> None:
+        self.packs = packs
+        self._num_rows = num_rows
         self._seats: dict[int, Seat] = {}
 
     def pack(self, layer: int, mixtures: Sequence[tuple[Mixture, FetchExpert]]) -> StagedLayer:
         """What `LayerPacks.pack` gives, seated; hyper-adapters are left out."""
-        staged = self._packs.pack(layer, mixtures)
+        staged = self.packs.pack(layer, mixtures)
         seat = self._seats.get(layer)
         if seat is not None and seat.holds(staged):
             return seat.layer
@@ -127,12 +136,17 @@ class StaticPacks:
         """Of a layer's memory; it counts up when that has moved."""
         return self._seats[layer].version
 
+    def weights(self, layer: int) -> torch.Tensor:
+        """Room for the weights [T, C] of a step in a layer."""
+        return self._seats[layer].layer.weights
+
     def _allocate(self, room: Room, staged: StagedLayer) -> SeatedLayer:
-        return _allocate(room, staged.router.weight.shape[1], self._packs.dtype, self._packs.device)
+        width, packs = staged.router.weight.shape[1], self.packs
+        return _allocate(room, self._num_rows, width, packs.dtype, packs.device)
 
 
-def _allocate(room: Room, width: int, dtype: torch.dtype, device: torch.device) -> SeatedLayer:
-    """Memory for one layer; `width` is D."""
+def _allocate(room: Room, num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SeatedLayer:
+    """Memory for one layer and `num_rows` tokens; `width` is D."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -179,7 +193,7 @@ def _allocate(room: Room, width: int, dtype: torch.dtype, device: torch.device) 
             begin = end
         updates[inputs] = StagedUpdate(a, b, (), zeros(room.columns, total))
     columns = KernelColumns(zeros(room.columns, dtype=torch.int64), room.experts, room.k_most)
-    return SeatedLayer(router, {}, updates, None, columns, tables)
+    return SeatedLayer(router, {}, updates, None, columns, tables, zeros(num_rows, room.columns))
 
 
 def _fill_router(seated: StagedRouter, router: StagedRouter) -> None:
