@@ -1,8 +1,9 @@
 """What rounded weights cost: greedy answers and nats per token of each kind of weights, against transformers.
 
-It prints one JSON object and puts it into benchmarks/results/engine.json under "quality".
-Read first: float32 must give the very tokens of `transformers`; a prompt on which it does not is named, with both best
-logits, since a tie within float32's own error may fall either way.
+It writes benchmarks/results/engine_quality.json.
+Read first: float32 must give the very tokens of `transformers`; a prompt on which it does not is named, with the lead
+of the token that was chosen, since a tie within float32's own error may fall either way. The native step's answers in
+batches of eight must be those that it gives alone, and the step on torch's operations those of `transformers` too.
 
     python benchmarks/engine_quality.py --prompts 120
 """
@@ -12,9 +13,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
+import platform
+import sys
+import time
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,84 +29,158 @@ from runtime.engine.attention import AttentionPlan, Segment
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel
 from runtime.engine.step_model import load_dtype, make_step_model
-from runtime.kernels.step_kinds import WeightKind
+from runtime.kernels.step_kinds import StepKind, WeightKind
 from runtime.model.base import BaseModel, load_base, resolve_base
 from training.reference_prompts import reference_prompts
 
-RESULTS = Path(__file__).parent / "results" / "engine.json"
+RESULTS = Path(__file__).parent / "results" / "engine_quality.json"
 NEW_TOKENS = 32
+TOGETHER = 8
+OURS: tuple[WeightKind, ...] = ("float32", "bfloat16", "int8", "int4")
 CPU = torch.device("cpu")
 
 
-def ask_transformers(base: BaseModel, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy answers of `NEW_TOKENS` tokens, each prompt alone."""
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            found = base.model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        answers.append(found[0, len(prompt) :].tolist())
-    return answers
+class Answer(NamedTuple):
+    """Tokens, and by how much each was ahead of the next best."""
+
+    tokens: list[int]
+    leads: list[float]
+
+
+def ask_transformers(base: BaseModel, prompts: list[list[int]], guesses: list[list[int]]) -> list[list[int]]:
+    """Greedy answers, each prompt alone; end tokens are banned.
+
+    An answer is that of `guesses` if every token of it is the best after those before, which one pass over all of them
+    shows; only where one is not the answer is made token by token.
+    """
+    return [
+        guess if _best_after(base, prompt, guess) == guess else _generate(base, prompt)
+        for prompt, guess in zip(prompts, guesses, strict=True)
+    ]
+
+
+def _best_after(base: BaseModel, prompt: list[int], answer: list[int]) -> list[int]:
+    """The best next token at each place of an answer."""
+    with torch.inference_mode():
+        logits = base.model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :]
+        logits[:, list(base.eos_token_ids)] = -torch.inf
+    found: list[int] = logits.argmax(dim=1).tolist()
+    return found
+
+
+def _generate(base: BaseModel, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        found = base.model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    answer: list[int] = found[0, len(prompt) :].tolist()
+    return answer
 
 
 class Asker:
-    """Greedy answers and losses of a step model, one sequence at a time."""
+    """Greedy answers and losses of a step model.
 
-    def __init__(self, model: LlamaModel) -> None:
+    Args:
+        model: runs on the CPU.
+        together: sequences that share its steps at most.
+    """
+
+    def __init__(self, model: LlamaModel, together: int = 1) -> None:
         self._model = model
-        self._cache = KVCache(model.kv_shape(), num_slots=1, budget_bytes=1 << 40, dtype=model.kv_dtype, device=CPU)
+        self._together = together
+        self._cache = KVCache(
+            model.kv_shape(), num_slots=together, budget_bytes=1 << 40, dtype=model.kv_dtype, device=CPU
+        )
 
-    def _run(self, ids: list[int], start: int) -> torch.Tensor:
+    def _run(self, ids: list[int], plan: AttentionPlan) -> torch.Tensor:
         with torch.inference_mode():
             hidden = self._model.embed(torch.tensor(ids))
-            plan = AttentionPlan([], [Segment(0, start, len(ids))], CPU)
             self._model.run_layers(hidden, range(len(self._model.layers)), plan, self._cache, None)
             return self._model.logits(hidden)
 
-    def answer(self, prompt: list[int], banned: tuple[int, ...]) -> tuple[list[int], list[float]]:
-        """Tokens, and by how much each was ahead of the next best; end tokens are banned, as in `ask_transformers`."""
-        tokens: list[int] = []
-        leads: list[float] = []
-        logits = self._run(prompt, 0)[-1].clone()  # an inference tensor takes no ban
-        while True:
-            logits[list(banned)] = -torch.inf
+    def answers(self, prompts: list[list[int]], banned: tuple[int, ...]) -> list[Answer]:
+        """To each prompt `NEW_TOKENS` tokens; end tokens are banned, as in `ask_transformers`."""
+        found = []
+        for begin in range(0, len(prompts), self._together):
+            found += self._at_once(prompts[begin : begin + self._together], banned)
+        return found
+
+    def _at_once(self, prompts: list[list[int]], banned: tuple[int, ...]) -> list[Answer]:
+        made = [Answer([], []) for _ in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        segments = [Segment(slot, 0, length) for slot, length in enumerate(lengths)]
+        logits = self._run([token for prompt in prompts for token in prompt], AttentionPlan([], segments, CPU))
+        logits = logits[[end - 1 for end in accumulate(lengths)]]
+        for step in range(NEW_TOKENS):
+            logits = logits.clone()  # what inference mode made takes no bans
+            logits[:, list(banned)] = -torch.inf
             best = logits.topk(2)
-            tokens.append(int(best.indices[0]))
-            leads.append(float(best.values[0] - best.values[1]))
-            if len(tokens) == NEW_TOKENS:
-                return tokens, leads
-            logits = self._run(tokens[-1:], len(prompt) + len(tokens) - 1)[-1].clone()
+            for answer, ids, values in zip(made, best.indices.tolist(), best.values.tolist(), strict=True):
+                answer.tokens.append(ids[0])
+                answer.leads.append(values[0] - values[1])
+            if step + 1 < NEW_TOKENS:
+                places = [(slot, length + step) for slot, length in enumerate(lengths)]
+                logits = self._run([answer.tokens[-1] for answer in made], AttentionPlan(places, [], CPU))
+        return made
 
     def loss(self, prompt: list[int], answer: list[int]) -> float:
         """Nats per token of an answer."""
-        logits = self._run([*prompt, *answer[:-1]], 0)[len(prompt) - 1 :]
+        ids = [*prompt, *answer[:-1]]
+        logits = self._run(ids, AttentionPlan([], [Segment(0, 0, len(ids))], CPU))[len(prompt) - 1 :]
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
 
 
-def judge(asker: Asker, prompts: list[list[int]], expected: list[list[int]], banned: tuple[int, ...]) -> dict[str, Any]:
-    """Shares of equal answers and tokens, and the mean loss of the expected answers."""
+def compare(answers: list[Answer], expected: list[list[int]]) -> dict[str, Any]:
+    """Shares of equal answers, and of tokens before the first that differs; the first few that do."""
     equal, same, different = 0, 0, []
-    for number, (prompt, wanted) in enumerate(zip(prompts, expected, strict=True)):
-        got, leads = asker.answer(prompt, banned)
-        place = next((i for i in range(NEW_TOKENS) if got[i] != wanted[i]), NEW_TOKENS)
+    for number, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
+        place = next((i for i in range(NEW_TOKENS) if answer.tokens[i] != wanted[i]), NEW_TOKENS)
         equal += place == NEW_TOKENS
         same += place
         if place < NEW_TOKENS:
-            different.append({"prompt": number, "token": place, "lead": round(leads[place], 6)})
-    losses = [asker.loss(prompt, wanted) for prompt, wanted in zip(prompts, expected, strict=True)]
+            different.append({"prompt": number, "token": place, "lead": round(answer.leads[place], 6)})
     return {
-        "answers_equal": round(equal / len(prompts), 4),
-        "tokens_before_first_difference": round(same / (NEW_TOKENS * len(prompts)), 4),
-        "nats_per_token": round(sum(losses) / len(losses), 4),
+        "answers_equal": round(equal / len(expected), 4),
+        "tokens_before_first_difference": round(same / (NEW_TOKENS * len(expected)), 4),
         "different": different[:5],
     }
+
+
+def judge(
+    model: LlamaModel, prompts: list[list[int]], expected: list[list[int]], banned: tuple[int, ...], alone: list[Answer]
+) -> dict[str, Any]:
+    """Against transformers; what the expected answers cost; and whether a batch changes an answer."""
+    together = Asker(model, TOGETHER).answers(prompts, banned)
+    asker = Asker(model)
+    losses = [asker.loss(prompt, wanted) for prompt, wanted in zip(prompts, expected, strict=True)]
+    nats = sum(losses) / len(losses)
+    return {
+        **compare(alone, expected),
+        "nats_per_token": round(nats, 4),
+        "perplexity": round(math.exp(nats), 4),
+        "batches_equal_alone": compare(together, [answer.tokens for answer in alone])["answers_equal"],
+    }
+
+
+def load_model(place: Path, weights: WeightKind, step: StepKind, threads: int) -> LlamaModel:
+    """The base on one of our steps."""
+    torch.set_num_threads(threads)
+    model = make_step_model(
+        load_base(place, dtype=load_dtype(weights), device=CPU).model,
+        max_context=256,
+        weights=weights,
+        step=step,
+        folder=cache_folder() / "native",
+        threads=threads,
+    )
+    assert isinstance(model, LlamaModel), "the base is of the Llama family"
+    return model
 
 
 def main() -> None:
@@ -110,29 +190,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    started = time.perf_counter()
     place = resolve_base("smollm2", cache=cache_folder())
     base = load_base(place, dtype=torch.float32, device=CPU)
+    banned = base.eos_token_ids
     prompts = [base.tokenizer(text)["input_ids"] for text in reference_prompts()[: options.prompts]]
-    expected = ask_transformers(base, prompts)
-    found: dict[str, Any] = {"prompts": len(prompts), "new_tokens": NEW_TOKENS}
-    for weights in get_args(WeightKind):
-        torch.set_num_threads(options.threads)
-        base = load_base(place, dtype=load_dtype(weights), device=CPU)
-        model = make_step_model(
-            base.model,
-            max_context=256,
-            weights=weights,
-            step="auto",
-            folder=cache_folder() / "native",
-            threads=options.threads,
-        )
-        found[weights] = judge(Asker(model), prompts, expected, base.eos_token_ids)
-        print(weights, json.dumps(found[weights]), flush=True)
-        del model, base
+    found: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {options.threads} threads",
+        "command": "python " + " ".join(sys.argv),
+        "prompts": len(prompts),
+        "new_tokens": NEW_TOKENS,
+        "together": TOGETHER,
+    }
+    expected: list[list[int]] = []
+    kinds: tuple[tuple[WeightKind, StepKind], ...] = (*((kind, "auto") for kind in OURS), ("float32", "torch"))
+    for weights, step in kinds:
+        model = load_model(place, weights, step, options.threads)
+        alone = Asker(model).answers(prompts, banned)
+        if not expected:
+            torch.set_num_threads(options.threads)
+            expected = ask_transformers(base, prompts, [answer.tokens for answer in alone])
+            del base
+        name = weights if step == "auto" else f"{weights} on torch's operations"
+        found[name] = judge(model, prompts, expected, banned, alone)
+        print(name, json.dumps(found[name]), flush=True)
+        del model
         gc.collect()
-    held = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
-    options.output.write_text(json.dumps(held | {"quality": found}, indent=1) + "\n", encoding="utf-8")
+    found["seconds"] = round(time.perf_counter() - started)
+    options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

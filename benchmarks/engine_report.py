@@ -1,4 +1,4 @@
-"""The results of benchmarks/engine.py as people read them: a table in Markdown, and a picture beside the JSON.
+"""The results of benchmarks/engine.py and engine_quality.py as people read them: tables in Markdown, and a picture.
 
 It does not know how they were measured.
 Read first: a cell is tokens per second, and in brackets the mean seconds to the first token.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
+QUALITY = RESULTS.with_name("engine_quality.json")
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5b1", "W5b8", "W5b16", "W6", "W7")
 DRAWN = ("W1", "W2", "W3", "W4", "W5b1", "W5b8", "W5b16", "W6")
 
@@ -35,6 +36,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         peak = max(row["peak_rss_mb"] for row in found.values())
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {peak} |")
+    return "\n".join(lines)
+
+
+def quality_table(found: dict[str, Any]) -> str:
+    """One line per kind of weights of benchmarks/engine_quality.py."""
+    columns = ("answers_equal", "tokens_before_first_difference", "nats_per_token", "perplexity", "batches_equal_alone")
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in found.items():
+        if isinstance(row, dict):
+            lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |")
     return "\n".join(lines)
 
 
@@ -64,6 +75,8 @@ def main() -> None:
     """Print and draw."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
     print(table(rows))
+    if QUALITY.is_file():
+        print(quality_table(json.loads(QUALITY.read_text(encoding="utf-8"))))
     draw(rows, RESULTS.with_suffix(".png"))
 
 

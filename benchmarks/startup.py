@@ -1,9 +1,11 @@
-"""How long an engine takes until it is ready, and how much memory it has had at most by then and while it answers.
+"""How long a server and an engine take until they are ready, and how much memory they have had at most by then.
 
-It knows nothing of servers; `greenroom serve` adds a port to what is measured here.
-Read first: every row is a fresh process. Memory is the peak of its resident set (VmHWM) so far: after the imports, when
-the engine is ready, after its first answer, and after sixteen answers at once. Seconds are read on the wall and, since
-others may use the machine, on the process's own clock.
+It does not know what the time goes into (`python -X importtime` tells a part).
+Read first: every row is a fresh process, with everything that it reads in the system's cache. `serve_s` are the seconds
+on the wall from the start of `greenroom serve` until it says that it takes requests, the median of some starts, and
+`serve_mb` its peak until then. The other figures are those of an engine alone, which goes on to answer: after the
+imports, when it is ready, after its first answer, and after sixteen answers at once; in seconds on the wall and, since
+others may use the machine, on the process's own clock. Memory is the peak of the resident set (VmHWM) so far.
 
     python benchmarks/startup.py --repertoire build/demo/repertoire
 """
@@ -14,7 +16,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import statistics
 import subprocess
 import sys
 import threading
@@ -24,7 +26,7 @@ from typing import get_args
 
 from runtime.kernels.step_kinds import WeightKind
 
-BATCH, NEW_TOKENS = 16, 32
+BATCH, NEW_TOKENS, STARTS = 16, 32, 3
 
 
 def main() -> None:
@@ -32,21 +34,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repertoire", type=Path, required=True)
     parser.add_argument("--dtype", choices=get_args(WeightKind), help="measure this one here, and print its row")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=get_args(WeightKind), help="of weights")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "startup.json")
     options = parser.parse_args()
     if options.dtype:
         print(json.dumps(measure(options.repertoire, options.dtype)))
         return
     rows = []
-    for dtype in get_args(WeightKind):
+    for dtype in options.kinds:
         command = [sys.executable, __file__, "--repertoire", str(options.repertoire), "--dtype", dtype]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(serve(options.repertoire, dtype) | json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} at the end"
     results = {"machine": machine, "command": "python " + " ".join(sys.argv), "rows": rows}
     options.output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {options.output}")
+
+
+def serve(repertoire: Path, dtype: WeightKind) -> dict[str, object]:
+    """Starts of a server, each until it takes requests."""
+    command = [sys.executable, "-m", "greenroom.cli.main", "serve", "--repertoire", str(repertoire), "--port", "0"]
+    seconds, peaks = [], []
+    for _ in range(STARTS):
+        start = time.perf_counter()
+        with subprocess.Popen([*command, "--dtype", dtype], stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            if not server.stdout.readline().startswith("serving on"):
+                raise SystemExit("the server did not start; its words are above")
+            seconds.append(time.perf_counter() - start)
+            peaks.append(peak_mb(server.pid))
+            server.terminate()
+    return {"serve_s": round(statistics.median(seconds), 2), "serve_mb": round(statistics.median(peaks))}
+
+
+def peak_mb(process: int) -> float:
+    """The largest resident set that a process has had; `ru_maxrss` would begin with that of who started it."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def measure(repertoire: Path, dtype: WeightKind) -> dict[str, object]:
@@ -57,7 +82,7 @@ def measure(repertoire: Path, dtype: WeightKind) -> dict[str, object]:
     def note(stage: str) -> None:
         row[f"{stage}_s"] = round(time.perf_counter() - start, 2)
         row[f"{stage}_cpu_s"] = round(time.process_time(), 2)
-        row[f"{stage}_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        row[f"{stage}_mb"] = round(peak_mb(os.getpid()))
 
     from greenroom.cli.build_engine import build_engine
     from greenroom.cli.serve_config import load_config

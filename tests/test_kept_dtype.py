@@ -42,14 +42,20 @@ def test_experts_stored_in_float32_are_kept_in_the_bfloat16_that_an_engine_compu
     assert whole.key[1] > FIRST_LAYER, "there were experts to look at"
 
 
-def test_a_kept_expert_lies_in_one_piece_and_holds_on_to_nothing_else(three_tasks: Workshop) -> None:
-    kept = wanted_of(three_tasks, torch.bfloat16)[0].read()
-    assert isinstance(kept, Expert)
-    pieces = {
-        tensor.untyped_storage().data_ptr() for update in kept.updates.values() for tensor in (update.a, update.b)
-    }
-    assert len(pieces) == 1
-    assert next(iter(kept.updates.values())).a.untyped_storage().nbytes() == kept.num_bytes
+def test_a_kept_expert_lies_in_one_piece_of_the_memory_that_it_is_given() -> None:
+    expert = Expert(3, 0.5, {"gate": LowRank(torch.randn(2, 4), torch.randn(6, 2))})
+    given: list[memoryview] = []
+
+    def allocate(num_bytes: int) -> memoryview:
+        given.append(memoryview(bytearray(num_bytes)))
+        return given[-1]
+
+    kept = in_dtype(expert, torch.bfloat16, allocate=allocate)
+    assert [len(piece) for piece in given] == [kept.num_bytes] == [2 * (2 * 4 + 6 * 2)]
+    whole = torch.frombuffer(given[0], dtype=torch.bfloat16)
+    update = kept.updates["gate"]
+    assert torch.equal(whole, torch.cat((update.a.flatten(), update.b.t().flatten())))
+    assert torch.equal(update.b, expert.updates["gate"].b.bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ class NativeLlama(LlamaModel):
         self.step = NativeStep(library, shape, weights=weights, threads=threads)
         self._cache: KVCache | None = None
         self._mixtures: dict[str, NativeMixture] = {}
+        self._wide: torch.Tensor | None = None
         super().__init__(model, max_context=max_context, keep=self._keep, dtype=torch.float32)
+        self._wide = None
         self.kv_dtype = torch.float32 if weights == "float32" else torch.bfloat16
         for index, layer in enumerate(self.layers):
             for name in ("attention_norm", "ffn_norm", "qkv_bias", "q_norm", "k_norm"):
@@ -96,14 +98,22 @@ class NativeLlama(LlamaModel):
         self.step.set("sin", 0, self.sin.flatten())
 
     def _keep(self, name: str, layer: int, weight: torch.Tensor) -> Linear:
-        self.step.set(name, layer, weight)
+        self.step.set(name, layer, self._widened(weight))
         return partial(self.step.linear, name, layer)
+
+    def _widened(self, weight: torch.Tensor) -> torch.Tensor:
+        """In float32, in the same memory every time: new pages for each matrix would take as long as packing it."""
+        if weight.dtype == torch.float32:
+            return weight
+        if self._wide is None or self._wide.numel() < weight.numel():
+            self._wide = torch.empty(weight.numel())
+        return self._wide[: weight.numel()].view(weight.shape).copy_(weight)
 
     def _keep_head(self, source: LlamaSource, keep: Keep) -> Linear:  # noqa: ARG002 - it is packed in pieces
         rows = self.step.shape.vocabulary
         for begin in range(0, rows, _HEAD_ROWS):
             piece = range(begin, min(rows, begin + _HEAD_ROWS))
-            self.step.set("head", 0, source.head(piece), place=(begin, rows))
+            self.step.set("head", 0, self._widened(source.head(piece)), place=(begin, rows))
         return partial(self.step.linear, "head", 0)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

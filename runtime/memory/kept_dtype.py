@@ -12,6 +12,7 @@ import torch
 from runtime.errors import NonFiniteError
 from runtime.model.expert import DTYPES, Expert, LowRank
 from runtime.model.manifest import ExpertSet, Target, Unit
+from runtime.model.side_by_side import Allocate, fresh_memory
 
 
 def kept_dtype(entry: ExpertSet, dtype: torch.dtype | None) -> torch.dtype:
@@ -28,13 +29,13 @@ def kept_bytes(entry: ExpertSet, unit: Unit, dtype: torch.dtype | None) -> int:
     return unit.bytes // DTYPES[entry.dtype].itemsize * kept_dtype(entry, dtype).itemsize
 
 
-def in_dtype(expert: Expert, dtype: torch.dtype) -> Expert:
-    """The expert in one piece of new memory, every B as the transpose of a contiguous [R, out].
+def in_dtype(expert: Expert, dtype: torch.dtype, *, allocate: Allocate = fresh_memory) -> Expert:
+    """The expert in one piece of memory from `allocate`, every B as the transpose of a contiguous [R, out].
 
     Raises:
         NonFiniteError: a weight is too large for `dtype`.
     """
-    flat = torch.empty(expert.num_parameters, dtype=dtype)
+    flat = torch.frombuffer(allocate(expert.num_parameters * dtype.itemsize), dtype=dtype)
     updates: dict[Target, LowRank] = {}
     begin = 0
     for target, update in expert.updates.items():
@@ -44,6 +45,6 @@ def in_dtype(expert: Expert, dtype: torch.dtype) -> Expert:
         b = flat[begin : begin + rank * narrow].view(rank, narrow).copy_(update.b.t())
         begin += b.numel()
         updates[target] = LowRank(a, b.t())
-    if not torch.isfinite(flat).all():
+    if any(bound.isinf() for bound in torch.aminmax(flat)):
         raise NonFiniteError(f"layer {expert.layer} of an expert set holds a weight that is too large for {dtype}")
     return Expert(layer=expert.layer, scale=expert.scale, updates=updates)

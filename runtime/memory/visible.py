@@ -120,7 +120,7 @@ class VisibleSets:
             )
         expert, dtype = source.read(unit, data), kept_dtype(source.entry, self._dtype)
         if dtype != DTYPES[source.entry.dtype]:
-            return in_dtype(expert, dtype)
+            return in_dtype(expert, dtype, allocate=self._buffers.take)
         return row_major(expert) if source.entry.layout == "plain" else expert
 
 

@@ -118,6 +118,16 @@ inline float group_scale(const float* w, int64_t count, int limit) {
   return best;
 }
 
+// Codes round(w / scale) + 128 of a whole group, none beyond 127 from the middle.
+inline void round_group(const float* w, float scale, uint8_t* codes) {
+  for (int64_t c = 0; c < GROUP; c += LANES) {
+    const __m512 q = scale > 0 ? _mm512_div_ps(load(w + c), _mm512_set1_ps(scale)) : _mm512_setzero_ps();
+    const __m512i code = _mm512_min_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(q), _mm512_set1_epi32(-127)),
+                                          _mm512_set1_epi32(127));
+    _mm_store_si128(reinterpret_cast<__m128i*>(codes + c), _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
+  }
+}
+
 // Rows begin .. end - 1; row r of the packed matrix is row source(r) of w.
 template <class Source>
 inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end_row, Source&& source) {
@@ -130,10 +140,12 @@ inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end
     if (m.kind == FLOAT32) {
       for (int64_t c = 0; c < m.cols; ++c) reinterpret_cast<float*>(at(c))[lane] = x[c];
     } else if (m.kind == BFLOAT16) {
-      for (int64_t c = 0; c < m.cols; ++c) {
+      for (int64_t c = 0; c < m.cols; c += LANES) {
         bf16 rounded[LANES];
-        store(rounded, _mm512_set1_ps(x[c]));
-        reinterpret_cast<bf16*>(at(c / 2))[lane * 2 + c % 2] = rounded[0];
+        store(rounded, load(x + c));
+        for (int64_t i = 0; i < LANES; i += 2) {
+          std::memcpy(reinterpret_cast<bf16*>(at((c + i) / 2)) + lane * 2, rounded + i, 2 * sizeof(bf16));
+        }
       }
     } else {
       const int limit = m.kind == INT8 ? 127 : 7, middle = limit + 1;
@@ -143,6 +155,12 @@ inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end
         const uint16_t half = _cvtss_sh(group_scale(x + begin, end - begin, limit), 0);
         const float scale = _cvtsh_ss(half);
         m.scales[(row / LANES * m.groups * parts + g) * LANES + lane] = half;
+        if (m.kind == INT8 && end - begin == GROUP) {
+          alignas(64) uint8_t codes[GROUP];
+          round_group(x + begin, scale, codes);
+          for (int64_t i = 0; i < GROUP / 4; ++i) std::memcpy(at(g * (GROUP / 4) + i) + lane * 4, codes + i * 4, 4);
+          continue;
+        }
         for (int64_t c = begin; c < begin + part; ++c) {
           const float q = c < end && scale > 0 ? std::nearbyint(x[c] / scale) : 0;
           const int code = std::clamp(int(q), -limit, limit) + middle;
