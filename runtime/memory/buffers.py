@@ -24,7 +24,7 @@ class _Arena:
 
     def __init__(self, num_bytes: int) -> None:
         self.size = num_bytes
-        pages = mmap.mmap(-1, num_bytes)
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # huge pages need private ones
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
