@@ -234,7 +234,9 @@ def test_a_new_repertoire_starts_its_experts_at_a_third_of_the_depth(tiny_base: 
     assert (manifest.first_layer, manifest.locator.layer, manifest.arrival.layer) == (1, 1, 0)
     assert [unit.layer for unit in manifest.experts[0].units] == [1, 2, 3]
     per_layer = 4 * (3 * 64 + 3 * 128) + 64
-    assert manifest.tasks[0].trained_parameters == 3 * per_layer + 2 * (256 + 32 * 256 + 32 + 2)
+    # A density of a feature in three parts, and one of a feature in one.
+    located, arriving = (width + 32 * width + 32 + 2 for width in (3 * 256, 256))
+    assert manifest.tasks[0].trained_parameters == 3 * per_layer + located + arriving
 
 
 def test_a_task_of_its_own_sees_no_older_expert_and_stands_beside_it(tiny_base: BaseModel, tmp_path: Path) -> None:
