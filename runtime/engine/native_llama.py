@@ -32,6 +32,7 @@ from runtime.model.mixture import Mixture, Router, RouterPart
 if TYPE_CHECKING:
     import transformers
 
+_Unit = tuple[str, int]  # an expert set's digest, and a layer
 _HEAD_ROWS = 2048  # read and packed at once: a whole vocabulary is large beside a layer
 
 
@@ -84,6 +85,8 @@ class NativeLlama(LlamaModel):
         self.step = NativeStep(library, shape, weights=weights, threads=threads)
         self._cache: KVCache | None = None
         self._mixtures: dict[str, NativeMixture] = {}
+        self._columns: dict[_Unit, NativeColumn] = {}
+        self._units: dict[str, set[_Unit]] = {}  # of a mixture
         self._wide: torch.Tensor | None = None
         super().__init__(model, max_context=max_context, keep=self._keep, dtype=torch.float32)
         self._wide = None
@@ -122,8 +125,12 @@ class NativeLlama(LlamaModel):
 
     def forget(self, running: frozenset[str]) -> None:
         """As `LlamaModel.forget`: experts of other mixtures may leave memory."""
-        for digest in self._mixtures.keys() - running:
-            del self._mixtures[digest]
+        gone = self._mixtures.keys() - running
+        for digest in gone:
+            del self._mixtures[digest], self._units[digest]
+        if gone:
+            for unit in self._columns.keys() - set().union(*self._units.values()):
+                del self._columns[unit]
 
     def run_layers(
         self,
@@ -168,10 +175,16 @@ class NativeLlama(LlamaModel):
         if native is None:
             native = NativeMixture(len(self.layers))
             self._mixtures[mixture.digest] = native
+            self._units[mixture.digest] = set()
         for layer in layers:
             router = mixture.routers.get(layer)
             if router is not None and layer not in native:
-                columns = [_column(fetch(digest, layer)) for digest in router.experts]
+                units = [(digest, layer) for digest in router.experts]
+                for unit in units:
+                    if unit not in self._columns:
+                        self._columns[unit] = _column(fetch(*unit))
+                self._units[mixture.digest].update(units)
+                columns = [self._columns[unit] for unit in units]
                 native.set_layer(layer, [_part(part) for part in _parts(mixture, router)], columns)
         return native
 

@@ -60,17 +60,24 @@ class _Stage(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
 class NativeColumn:
-    """One expert under one router column.
+    """One expert, wherever it stands under a router's columns.
 
     Args:
         updates: per target (A [R, D], B^T [R, H]), contiguous, all float32 or all bfloat16.
         scale: of `B A x`.
     """
 
-    updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    scale: float
+    def __init__(self, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float) -> None:
+        self._kept = updates
+        self.max_rank = max(a.shape[0] for a, _ in updates.values())
+        self.attention = any(target in TARGET_ORDER[:4] for target in updates)
+        self.raw = _Column()
+        self.raw.scale = scale
+        for target, (a, b) in updates.items():
+            assert a.dtype == b.dtype, "an expert is of one dtype"
+            self.raw.halves = int(a.dtype == torch.bfloat16)
+            self.raw.updates[TARGET_ORDER.index(target)] = _Update(address(a), address(b), a.shape[0])
 
 
 @dataclass(frozen=True)
@@ -143,15 +150,9 @@ class NativeMixture:
 
     def set_layer(self, layer: int, parts: Sequence[NativePart], columns: Sequence[NativeColumn]) -> None:
         """Give a layer its experts: C columns, and the parts that weigh them, one after the other."""
-        array = (_Column * len(columns))()
-        for place, column in zip(array, columns, strict=True):
-            place.scale = column.scale
-            for target, (a, b) in column.updates.items():
-                assert a.dtype == b.dtype, "an expert is of one dtype"
-                place.halves = int(a.dtype == torch.bfloat16)
-                place.updates[TARGET_ORDER.index(target)] = _Update(address(a), address(b), a.shape[0])
-                self.max_rank = max(self.max_rank, a.shape[0])
-                self.attention = self.attention or target in TARGET_ORDER[:4]
+        array = (_Column * len(columns))(*(column.raw for column in columns))
+        self.max_rank = max([self.max_rank, *(column.max_rank for column in columns)])
+        self.attention = self.attention or any(column.attention for column in columns)
         kept: list[torch.Tensor] = []
         laid = (_Part * len(parts))()
         begin = 0
