@@ -17,12 +17,16 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, Q
 from runtime.engine.attention import AttentionPlan, Segment
 from runtime.engine.engine import Engine
 from runtime.engine.kv import KVCache
-from runtime.engine.llama import LlamaModel
+from runtime.engine.llama import LlamaModel, MixtureRows
 from runtime.engine.native_llama import NativeLlama
+from runtime.engine.stage import LayerPacks, Stage
 from runtime.engine.step_model import load_dtype, make_step_model
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
 from runtime.kernels.step_kinds import WeightKind
+from runtime.model.expert import Expert
+from runtime.model.generation import open_generation
 from runtime.model.manifest import TARGETS
+from runtime.model.mixture import Mixture
 
 MakeEngine = Callable[..., Engine]
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
@@ -146,6 +150,44 @@ def test_the_native_step_tells_where_its_time_went(
     assert len(first) == 9
     assert all(seconds > 0 for seconds in first.values())
     assert set(again.values()) == {0.0}
+
+
+def test_tasks_that_share_experts_ask_for_each_once_until_both_are_forgotten(
+    three_tasks: Workshop, native_class: NativeClass
+) -> None:
+    generation = open_generation(three_tasks.repertoire)
+    blue, green = (generation.mixture(task) for task in ("blue", "green"))  # blue sees all that green sees
+    units = {(entry.digest, unit.layer): (entry, unit) for entry, unit in generation.task_units("blue")}
+    asked: list[tuple[str, int]] = []
+
+    def fetch(digest: str, layer: int) -> Expert:
+        asked.append((digest, layer))
+        return three_tasks.repertoire.read_unit(*units[digest, layer], generation.manifest.base)
+
+    cpu = torch.device("cpu")
+    model = native_class("float32")(copy.deepcopy(three_tasks.base.model), max_context=32)
+    cache = KVCache(model.kv_shape(), num_slots=2, budget_bytes=1 << 30, dtype=model.kv_dtype, device=cpu)
+
+    def step(*mixtures: Mixture) -> list[tuple[str, int]]:
+        """Run a token of each; what was asked for."""
+        asked.clear()
+        stage = Stage([(mixture, fetch) for mixture in mixtures], LayerPacks(dtype=torch.float32, device=cpu))
+        rows = MixtureRows(stage, torch.tensor([stage.row(mixture) for mixture in mixtures]))
+        with torch.inference_mode():
+            hidden = model.embed(torch.arange(len(mixtures)))
+            plan = AttentionPlan([(slot, 0) for slot in range(len(mixtures))], [], cpu)
+            model.run_layers(hidden, range(len(model.layers)), plan, cache, rows)
+        return sorted(asked)
+
+    assert step(green, blue) == sorted(units)
+    assert step(green, blue) == []
+    model.forget(frozenset({blue.digest}))
+    assert step(green) == []
+    model.forget(frozenset({green.digest}))
+    kept = {(digest, layer) for layer, router in green.routers.items() for digest in router.experts}
+    assert step(blue) == sorted(units.keys() - kept)
+    model.forget(frozenset())
+    assert step(green, blue) == sorted(units)
 
 
 CONFIG = {
