@@ -9,10 +9,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from engine_report import RESULTS, table  # noqa: E402 - lies in no package
+from engine_report import QUALITY, RESULTS, quality_table, table  # noqa: E402 - lies in no package
+
+
+def shown(name: str) -> str:
+    """What stands between a table's marks."""
+    text = (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+    return text.split(f"<!-- {name} -->\n", 1)[1].split(f"<!-- /{name} -->", 1)[0].strip()
 
 
 def test_the_table_is_that_of_the_committed_results() -> None:
-    text = (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- table -->\n", 1)[1].split("<!-- /table -->", 1)[0]
-    assert shown.strip() == table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])
+    assert shown("table") == table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])
+
+
+def test_what_rounded_weights_cost_is_that_of_the_committed_results() -> None:
+    assert shown("quality") == quality_table(json.loads(QUALITY.read_text(encoding="utf-8")))
