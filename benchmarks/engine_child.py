@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from peak_memory import peak_mb
 from synthetic import make_repertoire, prompt_of
 
 from greenroom.cli.places import cache_folder
@@ -222,12 +223,6 @@ class Bench:
         """Stop."""
         for engine in self._engines.values():
             engine.close()
-
-
-def peak_mb() -> float:
-    """The largest resident set that this process has had; `ru_maxrss` would begin with that of who started it."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def prepare(folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch import nn
 
 from greenroom.cli.evaluate import made_by
 from greenroom.cli.places import cache_folder
+from runtime.kernels.freed_memory import keep_freed_memory
 from runtime.kernels.routing import top_k_weights
 from runtime.model.attach import MixtureFFN, attached
 from runtime.model.base import BaseModel, load_base, resolve_base
@@ -41,7 +42,6 @@ from training.batches import Row, encode_row
 from training.composite_data import COMPOSITE, GROUPS, INTENTS, parts, write_composite_data
 from training.config import TrainingConfig
 from training.data import read_task_folder
-from training.freed_memory import keep_freed_memory
 from training.grouped import GroupedRouting, MakeRouting, frozen_mixture, train_routings
 from training.grow import add_task
 from training.metrics import spread

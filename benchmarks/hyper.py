@@ -21,6 +21,7 @@ import torch
 
 from greenroom.cli.evaluate import made_by
 from greenroom.cli.places import cache_folder
+from runtime.kernels.freed_memory import keep_freed_memory
 from runtime.model.attach import attached
 from runtime.model.base import BaseModel, load_base, resolve_base
 from runtime.model.expert import Expert
@@ -32,7 +33,6 @@ from training.answer_book import write_json
 from training.answers import greedy_answers
 from training.batches import Row, encode_row
 from training.config import TrainingConfig
-from training.freed_memory import keep_freed_memory
 from training.grow import add_task
 from training.held_out import held_out_loss
 from training.hyper import attach_hyper

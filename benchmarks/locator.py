@@ -28,7 +28,7 @@ import torch
 from greenroom.cli.places import cache_folder
 from runtime.model.base import load_base, resolve_base
 from runtime.model.density import density_shapes
-from runtime.model.locator import NEAREST, Locator, project
+from runtime.model.locator import NEAREST, Locator, num_parts, project
 from runtime.model.manifest import Density, Feature, LocatorEntry
 from runtime.model.prompt import default_template
 from training.config import TrainingConfig
@@ -40,7 +40,8 @@ from training.reference_prompts import reference_kinds, reference_prompts
 
 DENSITIES: tuple[Density, ...] = ("low_rank", "gaussian", "vae")
 NOISE = "0" * 64
-NUM_PARTS = 3
+KIND: Feature = "residual_parts"
+NUM_PARTS = num_parts(KIND)
 
 
 def real_features(base_name: str, data: Path | None, *, per_task: int) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -48,18 +49,17 @@ def real_features(base_name: str, data: Path | None, *, per_task: int) -> tuple[
     folder = resolve_base(base_name, cache=cache_folder())
     base = load_base(folder, dtype=torch.float32, device=torch.device("cpu"))
     template, layer = default_template(base), base.info.num_layers // 3
-    kind: Feature = "residual_parts"
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
             data = Path(scratch) / "demo"
             write_demo_data(data)
         tasks = read_tasks(data)
     own = [
-        features(base, [template.encode(base.tokenizer, row.input) for row in task.train[:per_task]], layer, kind=kind)
+        features(base, [template.encode(base.tokenizer, row.input) for row in task.train[:per_task]], layer, kind=KIND)
         for task in tasks
     ]
     reference = [template.encode(base.tokenizer, text) for text in reference_prompts()]
-    return own, features(base, reference, layer, kind=kind)
+    return own, features(base, reference, layer, kind=KIND)
 
 
 def simulated(own: list[torch.Tensor], num_tasks: int, *, per_task: int) -> Iterator[torch.Tensor]:

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
+from peak_memory import peak_mb
+
 from runtime.kernels.step_kinds import WeightKind
 
 BATCH, NEW_TOKENS, STARTS = 16, 32, 3
@@ -68,12 +70,6 @@ def serve(repertoire: Path, dtype: WeightKind) -> dict[str, object]:
     return {"serve_s": round(statistics.median(seconds), 2), "serve_mb": round(statistics.median(peaks))}
 
 
-def peak_mb(process: int) -> float:
-    """The largest resident set that a process has had; `ru_maxrss` would begin with that of who started it."""
-    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
 def measure(repertoire: Path, dtype: WeightKind) -> dict[str, object]:
     """One engine of this process."""
     start = time.perf_counter()
@@ -82,7 +78,7 @@ def measure(repertoire: Path, dtype: WeightKind) -> dict[str, object]:
     def note(stage: str) -> None:
         row[f"{stage}_s"] = round(time.perf_counter() - start, 2)
         row[f"{stage}_cpu_s"] = round(time.process_time(), 2)
-        row[f"{stage}_mb"] = round(peak_mb(os.getpid()))
+        row[f"{stage}_mb"] = round(peak_mb())
 
     from greenroom.cli.build_engine import build_engine
     from greenroom.cli.serve_config import load_config

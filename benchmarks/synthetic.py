@@ -8,7 +8,7 @@ Read first: task i sees only its own experts unless asked otherwise, and is loca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from runtime.model.density import PROJECTED, vae_shapes
 from runtime.model.expert import pack_expert_set
 from runtime.model.generation import base_ref
 from runtime.model.locator import frame_shapes, project
-from runtime.model.manifest import ExpertSet, LocatorEntry, LocatorRef, Manifest, Target, Task
+from runtime.model.manifest import ExpertSet, LocatorEntry, LocatorRef, Manifest, Task
 from runtime.model.prompt import default_template
 from runtime.model.repertoire import Repertoire
 from runtime.model.router_record import RouterRef
@@ -48,8 +48,6 @@ def make_repertoire(
     rank: int,
     locate: bool,
     see_all: bool = False,
-    sets_per_task: int = 1,
-    targets: Sequence[Target] | None = None,
     prompt: Callable[[int], str] = prompt_of,
 ) -> Repertoire:
     """Publish generation 1 with `num_tasks` tasks; does nothing if it is there.
@@ -61,8 +59,6 @@ def make_repertoire(
         rank: R of every expert.
         locate: give every task a density at its prompt; otherwise tasks must be pinned.
         see_all: every task sees all tasks' experts, two per token; otherwise its own alone.
-        sets_per_task: so many expert sets are each task's own.
-        targets: that experts update; those of the FFN by default.
         prompt: where a task's density is.
     """
     repertoire = Repertoire(root)
@@ -86,24 +82,22 @@ def make_repertoire(
     points = {layer: project(frame, features(base, prompts, layer)) for layer in (first_layer, 0)}
     sets: list[ExpertSet] = []
     tasks: list[Task] = []
-    for number in range(num_tasks * sets_per_task):
+    for task in range(num_tasks):
         experts = {}
         for layer in range(first_layer, ref.num_layers):
-            expert = fresh_expert(layer, rank=rank, alpha=2.0 * rank, base=ref, generator=generator, targets=targets)
+            expert = fresh_expert(layer, rank=rank, alpha=2.0 * rank, base=ref, generator=generator)
             for update in expert.updates.values():
                 update.b.normal_(std=0.01, generator=generator)
             experts[layer] = expert
-        owner = name_of(number // sets_per_task)
-        data, entry = pack_expert_set(experts, task=owner, dtype="bfloat16", base=ref)
+        data, entry = pack_expert_set(experts, task=name_of(task), dtype="bfloat16", base=ref)
         blobs[entry.digest] = data
         sets.append(entry)
     for task in range(num_tasks):
-        own = sets[task * sets_per_task : (task + 1) * sets_per_task]
-        visible = tuple(entry.digest for entry in (sets if see_all else own))
+        visible = tuple(entry.digest for entry in sets) if see_all else (sets[task].digest,)
         router = {}
         for layer in range(first_layer, ref.num_layers):
             scores = torch.randn(len(visible), ref.width, generator=generator)
-            router[router_tensor_name(layer)] = scores if len(visible) > 1 else scores * 0
+            router[router_tensor_name(layer)] = scores if see_all else scores * 0
         entries = []
         for layer in (first_layer, 0):
             vae = {name: torch.zeros(shape) for name, shape in vae_shapes().items()}
@@ -112,7 +106,7 @@ def make_repertoire(
         tasks.append(
             Task(
                 name=name_of(task),
-                experts=own[0].digest,
+                experts=sets[task].digest,
                 router=RouterRef(kind="top_k", digest=blob(router), top_k=min(2, len(visible)), visible=visible),
                 locator=entries[0],
                 arrival=entries[1],

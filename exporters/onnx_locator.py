@@ -212,17 +212,18 @@ def _tensors(locator: Locator) -> dict[str, torch.Tensor]:
 
 
 def _density_tensors(locator: Locator) -> dict[str, torch.Tensor]:
+    stacked = locator.stacked
     if locator.density != "vae":
         tensors = {"mean": locator.prototypes.unsqueeze(0)}  # [1, N, P]
         if locator.density == "low_rank":
-            tensors |= {name: locator.stacked[name][:, 0].contiguous() for name in ("precision", "volume")}  # [N]
-            tensors["directions"] = locator.stacked["directions"].transpose(1, 2).contiguous()  # [N, P, R]
-            tensors["gains"] = locator.stacked["gains"].unsqueeze(1).contiguous()  # [N, 1, R]
+            tensors |= {name: stacked[name][:, 0].contiguous() for name in ("precision", "volume")}  # [N]
+            tensors["directions"] = stacked["directions"].transpose(1, 2).contiguous()  # [N, P, R]
+            tensors["gains"] = stacked["gains"].unsqueeze(1).contiguous()  # [N, 1, R]
         return tensors
     tensors = {}
     for name in _LINEARS:
-        tensors[f"{name}_weight"] = locator.stacked[f"{name}.weight"].transpose(1, 2).contiguous()  # [N, in, out]
-        tensors[f"{name}_bias"] = locator.stacked[f"{name}.bias"].unsqueeze(1).contiguous()  # [N, 1, out]
+        tensors[f"{name}_weight"] = stacked[f"{name}.weight"].transpose(1, 2).contiguous()  # [N, in, out]
+        tensors[f"{name}_bias"] = stacked[f"{name}.bias"].unsqueeze(1).contiguous()  # [N, 1, out]
     return tensors
 
 

@@ -104,6 +104,18 @@ def test_a_long_run_of_random_requests_is_replayed_step_by_step(kinds: Workshop,
     assert len(recorded.replays) > 40
 
 
+def cache_of(model: LlamaModel, *, num_slots: int) -> KVCache:
+    """With room for as many tokens as there are places, and spare slots."""
+    return KVCache(
+        model.kv_shape(),
+        num_slots=num_slots,
+        budget_bytes=1 << 30,
+        dtype=model.kv_dtype,
+        device=model.device,
+        spare=SPARE_SLOTS,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config])
 def test_every_base_of_our_own_step_is_recorded(config: Any, dtype: torch.dtype) -> None:
@@ -112,10 +124,7 @@ def test_every_base_of_our_own_step_is_recorded(config: Any, dtype: torch.dtype)
     torch.manual_seed(0)
     source = AutoModelForCausalLM.from_config(config(**sizes, **heads, initializer_range=0.2), dtype=dtype)
     model = LlamaModel(source, max_context=256)
-    caches = [
-        KVCache(model.kv_shape(), num_slots=4, budget_bytes=1 << 30, dtype=dtype, device=CPU, spare=SPARE_SLOTS)
-        for _ in range(2)
-    ]
+    caches = [cache_of(model, num_slots=4) for _ in range(2)]
     layers, tokens = range(2), torch.randint(96, (3, 140)).tolist()
     with torch.inference_mode():
         graphs = DecodeGraphs(model, caches[0], LayerPacks(dtype=dtype, device=CPU), RecordedSteps())
@@ -251,7 +260,7 @@ def test_where_nothing_can_be_recorded_it_is_tried_once(three_tasks: Workshop, m
 class Speaker:
     """As much of a sequence as a decode step reads."""
 
-    slot: int
+    held_slot: int
     position: int
     output: list[int]
     mixture: Mixture | None = None
@@ -262,14 +271,7 @@ class Speaker:
 def graphs_of(workshop: Workshop) -> Iterator[Callable[..., tuple[DecodeGraphs, KVCache]]]:
     def make(capture: RecordedSteps, **bounds: int) -> tuple[DecodeGraphs, KVCache]:
         model = LlamaModel(copy.deepcopy(workshop.base.model), max_context=256)
-        cache = KVCache(
-            model.kv_shape(),
-            num_slots=8,
-            budget_bytes=1 << 30,
-            dtype=torch.float32,
-            device=CPU,
-            spare=SPARE_SLOTS,
-        )
+        cache = cache_of(model, num_slots=8)
         return DecodeGraphs(model, cache, LayerPacks(dtype=torch.float32, device=CPU), capture, **bounds), cache
 
     with torch.inference_mode():
@@ -336,14 +338,7 @@ def test_a_recorded_step_needs_no_value_and_no_tensor_of_the_host(
 
     meta, launch = torch.device("meta"), launched.append if launches else None
     model = LlamaModel(copy.deepcopy(kinds.base.model).to(meta), max_context=256, launch=launch)
-    cache = KVCache(
-        model.kv_shape(),
-        num_slots=32,
-        budget_bytes=1 << 30,
-        dtype=torch.float32,
-        device=meta,
-        spare=SPARE_SLOTS,
-    )
+    cache = cache_of(model, num_slots=32)
     graphs = DecodeGraphs(model, cache, LayerPacks(dtype=torch.float32, device=meta), capture)
     generation, ref = open_generation(kinds.repertoire), base_ref(kinds.base.info)
     both = blended([(0.5, generation.mixture("red")), (0.5, generation.mixture("blue"))])

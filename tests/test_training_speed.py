@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from runtime.kernels.freed_memory import keep_freed_memory
 from training.answer_loss import mean_cross_entropy
-from training.freed_memory import keep_freed_memory
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

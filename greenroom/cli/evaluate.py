@@ -83,12 +83,12 @@ def evaluate(
 
     import torch
 
+    from runtime.kernels.freed_memory import keep_freed_memory
     from runtime.model.base import load_base, resolve_base
     from training.contenders import REPORTS
     from training.contest import CONTENDERS, Contest, run_contest
     from training.contest_result import growth_of, result_of, table
     from training.forgetting_curve import draw_forgetting_curve
-    from training.freed_memory import keep_freed_memory
     from training.pictures import can_draw, draw_growth
     from training.precision import base_dtype
     from training.report import read_reports

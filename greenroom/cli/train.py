@@ -165,8 +165,8 @@ def train(
         return
     import torch
 
+    from runtime.kernels.freed_memory import keep_freed_memory
     from runtime.model.base import load_base, resolve_base
-    from training.freed_memory import keep_freed_memory
     from training.grow import add_task
     from training.precision import base_dtype
 

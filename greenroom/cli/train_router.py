@@ -65,12 +65,12 @@ def train_router(
     groups = _parse(group or [])
     import torch
 
+    from runtime.kernels.freed_memory import keep_freed_memory
     from runtime.model.base import load_base, resolve_base
     from runtime.model.repertoire import Repertoire
     from runtime.model.signature import Signer
     from training.compose import compose
     from training.data import read_task_folder
-    from training.freed_memory import keep_freed_memory
     from training.precision import base_dtype
 
     keep_freed_memory()

@@ -104,7 +104,7 @@ class DecodeGraphs:
             return None
         stage = Stage(mixtures, self._packs)
         layers = stage.layers = dict(stage.layers)  # every seat is filled now, and asked for no more
-        slots = [_slot(sequence) for sequence in sequences]
+        slots = [sequence.held_slot for sequence in sequences]
         size = min(rounded(max(slots), least=1), self._cache.num_slots)
         longest = 1 + max(sequence.position for sequence in sequences)
         context = min(rounded(longest, least=_LEAST_CONTEXT), self._cache.shape.context)
@@ -169,8 +169,3 @@ class DecodeGraphs:
         if len(self._recorded) > self._max_recorded:
             self._recorded.popitem(last=False)
         return made
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "a running sequence holds a slot"
-    return sequence.slot

@@ -54,7 +54,7 @@ class _Flow:
         """Where the tokens of a prompt part or of a draft lie."""
         (sequence,) = self.sequences
         start = sequence.position if self.part is None else self.part.start
-        return Segment(_slot(sequence), start, len(self.hidden))
+        return Segment(sequence.held_slot, start, len(self.hidden))
 
     def answering(self) -> list[bool]:
         """Of each token whether a token of the answer comes of it: all that decode, and the last of a prompt."""
@@ -157,7 +157,7 @@ class StepRunner:
     def _run_range(self, layers: range, flows: list[_Flow]) -> None:
         if not flows:
             return
-        decoding = [(_slot(each), each.position) for flow in flows if not flow.in_a_row for each in flow.sequences]
+        decoding = [(each.held_slot, each.position) for flow in flows if not flow.in_a_row for each in flow.sequences]
         segments = [flow.segment() for flow in flows if flow.in_a_row]
         hidden = torch.cat([flow.hidden for flow in flows]) if len(flows) > 1 else flows[0].hidden
         mixtures = self._mixtures(flows) if layers.stop > self._first_layer else None
@@ -238,8 +238,3 @@ def _mixtures(sequences: Items[Sequence]) -> list[tuple[Mixture, FetchExpert]]:
         assert sequence.reservation is not None, "a sequence in the expert layers holds its experts"
         mixtures.append((mixture, sequence.reservation.expert))
     return mixtures
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "a running sequence holds a slot"
-    return sequence.slot

@@ -155,6 +155,12 @@ class Sequence:
         """Position of the newest output token, which the next decode step feeds."""
         return len(self.prompt) + len(self.output) - 1
 
+    @property
+    def held_slot(self) -> int:
+        """The KV slot of a running sequence."""
+        assert self.slot is not None, "a running sequence holds a slot"
+        return self.slot
+
     def start(self, slot: int) -> None:
         """Leave the queue with a KV slot."""
         self.slot = slot

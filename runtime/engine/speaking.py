@@ -97,9 +97,8 @@ class Speaking:
         return sequence.choices
 
     def _split(self, leader: Sequence, choice: Sequence) -> None:
-        assert leader.slot is not None, "a running sequence holds a slot"
         assert choice.slot is not None, "choices get their slots together"
-        self._cache.copy(leader.slot, choice.slot, len(leader.prompt))
+        self._cache.copy(leader.held_slot, choice.slot, len(leader.prompt))
         choice.phase = Phase.DECODING
         self._casting.share(leader, choice)
         self._join(choice)

@@ -122,10 +122,9 @@ class StaticPacks:
         seat = self._seats.get(layer)
         if seat is not None and seat.holds(staged):
             return seat.layer
-        room, version = room_for(staged), 1
-        if seat is not None:
-            room, version = seat.room.joined(room), seat.version + (seat.room.joined(room) != seat.room)
-        if seat is None or version != seat.version:
+        room = room_for(staged) if seat is None else seat.room.joined(room_for(staged))
+        if seat is None or room != seat.room:
+            version = 1 if seat is None else seat.version + 1
             self._seats.pop(layer, None)
             seat = None  # the smaller one goes before the larger is made
             seat = self._seats[layer] = Seat(room, self._allocate(room, staged), version)

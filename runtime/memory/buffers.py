@@ -95,15 +95,11 @@ class Buffers:
             assert begin is not None, "a new arena has room"
             return self._lend(arena, begin, size, num_bytes)
 
-    def trim(self) -> None:
-        """Let arenas go that hold nothing, beyond those that are kept."""
-        with self._lock:
-            self._sweep()
-
     @property
     def held_bytes(self) -> int:
-        """Of all arenas, used or not."""
+        """Of all arenas, used or not, without those that can go."""
         with self._lock:
+            self._sweep()
             return sum(arena.size for arena in self._arenas)
 
     def check_integrity(self) -> None:
