@@ -41,8 +41,8 @@ BATCH = {"W1": 1, "W2": 8, "W3": 8, "W4": 16, "W5b1": 1, "W5b8": 8, "W5b16": 16,
 ADAPTERS = {"W1": 1, "W2": 1, "W3": 8, "W4": 16}
 # SmolLM2-135M: multiply-adds per token are its matrices' weights.
 LAYERS, WIDTH, FFN, HEADS, VOCABULARY = 30, 576, 1536, 15, 49152
-NARROW = LAYERS * (WIDTH * 64 * HEADS + 2 * WIDTH * FFN)  # q, k, v and gate, up
-WIDE = LAYERS * (WIDTH * WIDTH + WIDTH * FFN) + VOCABULARY * WIDTH  # o, down and the head
+NARROW = LAYERS * 2 * WIDTH * FFN  # gate and up, of 4 bits where these are asked for
+WIDE = LAYERS * (WIDTH * 64 * HEADS + WIDTH * WIDTH + WIDTH * FFN) + VOCABULARY * WIDTH  # q, k, v, o, down and the head
 CONTEXT = 96  # tokens in a sequence's cache, on average over an answer
 
 

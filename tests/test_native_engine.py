@@ -22,6 +22,7 @@ from runtime.engine.native_llama import NativeLlama
 from runtime.engine.stage import LayerPacks, Stage
 from runtime.engine.step_model import load_dtype, make_step_model
 from runtime.errors import InvalidInputError, UnsupportedDeviceError
+from runtime.kernels.native_step import NativeStep, StepShape
 from runtime.kernels.step_kinds import WeightKind
 from runtime.model.expert import Expert
 from runtime.model.generation import open_generation
@@ -93,6 +94,20 @@ def test_rounded_weights_stay_near(
         got, expected = logits(workshop, answer), workshop.reference(PROMPTS[0], "red", 1)
         error = ((got - expected).norm() / expected.norm()).item()
         assert 1e-5 < error < tolerance
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_four_bits_keep_sixteen_levels_on_whichever_side_the_largest_weight_is(native_library: Path, sign: int) -> None:
+    sizes = StepShape(
+        layers=1, width=64, ffn=32, heads=4, kv_heads=2, head_width=16, vocabulary=64, context=8, epsilon=1e-5
+    )
+    step = NativeStep(native_library, sizes, weights="int4", threads=1)
+    levels = sign * torch.arange(-8, 8).repeat(64, 4) / 32  # [2 F, D]
+    step.set("gate_up", 0, levels)
+    x = torch.randint(-127, 128, (3, 64)).float()
+    x[:, 0] = 127  # so that inputs of 8 bits hold x as it is
+    torch.testing.assert_close(step.linear("gate_up", 0, x), x @ levels.t(), atol=1e-3, rtol=0)
+    step.close()
 
 
 def stepping(workshop: Workshop, weights: WeightKind) -> Callable[..., LlamaModel]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from runtime.errors import UnsupportedDeviceError
+from runtime.kernels.step_kinds import KEPT_IN_8_BITS
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Keep = Callable[[str, int, torch.Tensor], Linear]
@@ -36,8 +37,8 @@ def keep_int8(name: str, layer: int, weight: torch.Tensor) -> Linear:  # noqa: A
 
 
 def keep_int4(name: str, layer: int, weight: torch.Tensor) -> Linear:
-    """Codes of 4 bits with a scale and an offset per 32 inputs; outputs, `down` and the head bear it worst: 8 bits."""
-    if name in ("out", "down", "head") or weight.shape[1] % _INT4_GROUP or weight.shape[0] % 16:
+    """Codes of 4 bits with a scale and an offset per 32 inputs; `KEPT_IN_8_BITS` names what gets 8."""
+    if name in KEPT_IN_8_BITS or weight.shape[1] % _INT4_GROUP or weight.shape[0] % 16:
         return keep_int8(name, layer, weight)
     _check_cpu(weight)
     groups = weight.float().view(weight.shape[0], -1, _INT4_GROUP)

@@ -16,7 +16,7 @@ import torch
 
 from runtime.errors import BudgetError
 from runtime.kernels.native_mixture import NativeStage, address
-from runtime.kernels.step_kinds import WeightKind
+from runtime.kernels.step_kinds import KEPT_IN_8_BITS, WeightKind
 
 KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128, 256)
@@ -64,7 +64,7 @@ class NativeStep:
         library: from `runtime.kernels.native_build.build`.
         shape: sizes.
         weights: how matrices are kept. int8 and int4: codes with a float16 scale per output and 64 (int4: 32) inputs,
-            and inputs rounded to 8 bits per token and 64 values; with int4, `out`, `down` and the head are int8.
+            and inputs rounded to 8 bits per token and 64 values; int4 is for gate and up; see `KEPT_IN_8_BITS`.
             bfloat16: inputs too are rounded to it. Sums are float32.
         threads: that compute, the caller's among them.
     """
@@ -190,8 +190,7 @@ class NativeStep:
 
 
 def _kept_as(name: str, weights: WeightKind) -> WeightKind:
-    """What a matrix is kept in: where 4 bits are asked for, those that bear them worst keep 8."""
-    return "int8" if weights == "int4" and name in ("out", "down", "head") else weights
+    return "int8" if weights == "int4" and name in KEPT_IN_8_BITS else weights
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

@@ -9,6 +9,9 @@ from typing import Literal
 WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
 """In which form the matrices of a base are kept."""
 
+KEPT_IN_8_BITS = frozenset({"qkv", "out", "down", "head"})
+"""Matrices that "int4" keeps as "int8" does: in 4 bits they cost most, for their size."""
+
 StepKind = Literal["auto", "native", "torch"]
 """Who computes a step: our compiled code, torch's operations, or the first where it runs."""
 

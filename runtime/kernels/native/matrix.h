@@ -92,28 +92,39 @@ inline Matrix view(Kind kind, int64_t rows, int64_t cols, uint8_t* data) {
 }
 
 // Pack w [rows, cols]. INT8: codes round(w / s) + 128, s = max |w| / 127 per row and group. INT4: round(w / s) + 8,
-// s from `group_scale`; two codes a byte: the low nibbles are the first 32 columns of a group, the high ones the others.
-// The scale with which codes of -limit .. limit come nearest to w in the sum of squares; for wide codes the largest
-// weight decides, for narrow ones a few smaller scales are tried: they cut the tails and keep the middle.
-inline float group_scale(const float* w, int64_t count, int limit) {
-  float top = 0;
-  if (count % LANES == 0) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t c = 0; c < count; c += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(w + c)));
-    top = _mm512_reduce_max_ps(most);
-  } else {
-    for (int64_t c = 0; c < count; ++c) top = std::max(top, std::fabs(w[c]));
+// s from `narrow_scale`; two codes a byte: the low nibbles are the first 32 columns of a group, the high ones the others.
+inline float wide_scale(const float* w, int64_t count) {
+  __m512 most = _mm512_setzero_ps();
+  for (int64_t c = 0; c < count; c += LANES) {
+    const __mmask16 there = count - c < LANES ? __mmask16((1u << (count - c)) - 1) : __mmask16(0xffff);
+    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(there, w + c)));
   }
-  if (limit > 7 || top == 0) return top / limit;
-  float best = top / limit, least = INFINITY;
-  for (int step = 0; step <= 12; ++step) {
-    const float scale = top / limit * (1.0f - 0.04f * step);
-    float error = 0;
-    for (int64_t c = 0; c < count; ++c) {
-      const float code = std::clamp(std::nearbyint(w[c] / scale), float(-limit), float(limit));
-      error += (w[c] - code * scale) * (w[c] - code * scale);
+  return _mm512_reduce_max_ps(most) / 127;
+}
+
+// The scale with which codes of -8 .. 7 come nearest to w in the sum of squares. It has the sign that gives the largest
+// weight the code that the other end lacks; a few sizes are tried: small ones cut the tail and keep the middle.
+inline float narrow_scale(const float* w, int64_t count) {
+  float padded[GROUP] = {}, largest = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    padded[c] = w[c];
+    if (std::fabs(w[c]) > std::fabs(largest)) largest = w[c];
+  }
+  if (largest == 0) return 0;
+  float best = 0, least = INFINITY;
+  for (int step = -2; step <= 12; ++step) {
+    const float scale = largest / -8 * (1.0f - 0.04f * float(step));
+    const __m512 by = _mm512_set1_ps(1 / scale), back = _mm512_set1_ps(scale);
+    __m512 error = _mm512_setzero_ps();
+    for (int64_t c = 0; c < count; c += LANES) {
+      const __m512 value = load(padded + c);
+      const __m512 code = _mm512_roundscale_ps(_mm512_mul_ps(value, by), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m512 kept = _mm512_max_ps(_mm512_min_ps(code, _mm512_set1_ps(7)), _mm512_set1_ps(-8));
+      const __m512 off = _mm512_fnmadd_ps(kept, back, value);
+      error = _mm512_fmadd_ps(off, off, error);
     }
-    if (error < least) least = error, best = scale;
+    const float sum = _mm512_reduce_add_ps(error);
+    if (sum < least) least = sum, best = scale;
   }
   return best;
 }
@@ -148,11 +159,12 @@ inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end
         }
       }
     } else {
-      const int limit = m.kind == INT8 ? 127 : 7, middle = limit + 1;
+      const int highest = m.kind == INT8 ? 127 : 7, lowest = m.kind == INT8 ? -127 : -8, middle = highest + 1;
       const int64_t parts = num_scales(m.kind), part = GROUP / parts;
       for (int64_t g = 0; g < m.groups * parts; ++g) {
         const int64_t begin = g * part, end = std::max(begin, std::min(begin + part, m.cols));
-        const uint16_t half = _cvtss_sh(group_scale(x + begin, end - begin, limit), 0);
+        const uint16_t half =
+            _cvtss_sh(m.kind == INT8 ? wide_scale(x + begin, end - begin) : narrow_scale(x + begin, end - begin), 0);
         const float scale = _cvtsh_ss(half);
         m.scales[(row / LANES * m.groups * parts + g) * LANES + lane] = half;
         if (m.kind == INT8 && end - begin == GROUP) {
@@ -162,8 +174,8 @@ inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end
           continue;
         }
         for (int64_t c = begin; c < begin + part; ++c) {
-          const float q = c < end && scale > 0 ? std::nearbyint(x[c] / scale) : 0;
-          const int code = std::clamp(int(q), -limit, limit) + middle;
+          const float q = c < end && scale != 0 ? std::nearbyint(x[c] / scale) : 0;
+          const int code = std::clamp(int(q), lowest, highest) + middle;
           const int64_t in = c % part, step = c / GROUP * (GROUP / 4 / parts) + in / 4;
           uint8_t& byte = at(step)[lane * 4 + in % 4];
           if (m.kind == INT8) byte = uint8_t(code);
