@@ -24,7 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from runtime.memory.memory import ExpertMemory
 from runtime.memory.visible import VisibleSets
 from runtime.model.base import BaseModel, load_base, resolve_base
 from runtime.model.generation import open_generation
-from runtime.model.manifest import BaseRef, ExpertSet, Unit
+from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit
 from runtime.model.repertoire import Repertoire
 from runtime.model.side_by_side import Allocate, fresh_memory
 
@@ -159,10 +159,10 @@ class Bench:
             engine.check_integrity()
 
 
-def drop_pages(repertoire: Repertoire, task: int) -> None:
-    """Let the kernel forget the bytes of a task's experts: the next read comes from the disk."""
-    for entry in repertoire.manifest().experts[task : task + 1]:
-        descriptor = os.open(repertoire.blob_path(entry.digest), os.O_RDONLY)
+def drop_pages(repertoire: Repertoire, manifest: Manifest, task: int) -> None:
+    """Let the kernel forget the bytes of a task's experts and routers: the next read comes from the disk."""
+    for digest in (manifest.experts[task].digest, manifest.tasks[task].router.digest):
+        descriptor = os.open(repertoire.blob_path(digest), os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
@@ -228,25 +228,70 @@ def _rss() -> int:
 # ---- cold against warm
 
 
-def cold_and_warm(bench: Bench, long: Repertoire, short: Repertoire, num_tasks: int) -> dict[str, object]:
-    """Time to first token of absent experts over that of resident ones, one request at a time, right after another."""
-    figures: dict[str, float] = {}
+def cold_and_warm(bench: Bench, long: Repertoire, short: Repertoire, num_tasks: int, rounds: int) -> dict[str, object]:
+    """Time to first token of absent experts over that of resident ones, one request at a time, right after another.
+
+    In every round new engines read every task for their first time, so nothing that a load leaves behind helps another;
+    what is compared takes turns task by task. A task is evicted again once it was measured, so that the next one finds
+    memory that was used before, as in a server whose budget is full; "growing" keeps all tasks, as one that has just
+    been started does.
+    """
+    figures: dict[str, object] = {}
     for length, repertoire, words in (("", long, prompt), ("_short_prompt", short, short_prompt)):
-        times: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        with bench.serve(repertoire, prompt=words) as on, bench.serve(repertoire, prompt=words, prefetch=False) as off:
-            for task in range(num_tasks):
-                for name, served in (("prefetch", on), ("off", off)):
-                    for pages in ("warm", "cold"):
-                        served.engine.evict(name_of(task))
-                        if pages == "cold":
-                            drop_pages(repertoire, task)
-                        cold, warm = (served.ask(task, num_tokens=1).first_s() for _ in range(2))
-                        times[f"cold_over_warm_ttft{length}_{name}_{pages}_pages"].append((cold, warm))
-        for name, pairs in times.items():
-            cold_s, warm_s = (statistics.median(pair[i] for pair in pairs[2:]) for i in (0, 1))
-            figures[name] = cold_s / warm_s
-            figures[f"warm_ttft{length}_ms"] = 1e3 * warm_s
+        pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for number in range(rounds):
+            for name, pair in first_tokens(bench, repertoire.root, words, range(num_tasks), turn=number):
+                pairs[name].append(pair)
+        for name, found in pairs.items():
+            figures[f"cold_over_warm_ttft{length}_{name}"] = ratio_of_medians(found)
+            figures[f"cold_over_warm_ttft{length}_{name}_interval"] = interval(found)
+        warm = [pair[1] for found in pairs.values() for pair in found]
+        figures |= {f"warm_ttft{length}_ms": 1e3 * statistics.median(warm), f"cold_samples{length}": len(found)}
     return {"cold_over_warm_ttft": figures["cold_over_warm_ttft_prefetch_warm_pages"], **figures}
+
+
+def first_tokens(
+    bench: Bench, root: Path, words: Callable[[int, int], str], tasks: Sequence[int], *, turn: int
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """One round: for every task but the first and every way of loading it, its seconds when absent and when there."""
+    ways = {
+        "prefetch_warm_pages": {"prefetch": True},
+        "prefetch_cold_pages": {"prefetch": True},
+        "off_warm_pages": {"prefetch": False},
+        "off_cold_pages": {"prefetch": False},
+        "prefetch_growing": {"prefetch": True},
+    }
+    with ExitStack() as open_engines:
+        engines = [
+            (name, open_engines.enter_context(bench.serve(Repertoire(root), prompt=words, **options)))
+            for name, options in ways.items()
+        ]
+        for path in (root / "blobs").rglob("*"):
+            if path.is_file():
+                path.read_bytes()  # into the page cache
+        for task in tasks:
+            begin = (turn + task) % len(engines)
+            for name, served in engines[begin:] + engines[:begin]:
+                if name.endswith("cold_pages"):
+                    drop_pages(Repertoire(root), served.engine.generation.manifest, task)
+                cold, warm = (served.ask(task, num_tokens=1).first_s() for _ in range(2))
+                if task:  # the first makes buffers and opens files
+                    yield name, (cold, warm)
+                if not name.endswith("growing"):
+                    served.engine.evict(name_of(task))
+
+
+def ratio_of_medians(pairs: Sequence[tuple[float, float]]) -> float:
+    """The median of the first of each pair over that of the second."""
+    cold, warm = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+    return cold / warm
+
+
+def interval(pairs: Sequence[tuple[float, float]], *, draws: int = 1000) -> tuple[float, float]:
+    """Where 95 % of the ratios of medians lie when the pairs are drawn anew with replacement (bootstrap)."""
+    chance = random.Random(0)
+    ratios = sorted(ratio_of_medians(chance.choices(pairs, k=len(pairs))) for _ in range(draws))
+    return percentile(ratios, 0.025), percentile(ratios, 0.975)
 
 
 # ---- budgets smaller than the working set
@@ -370,7 +415,7 @@ def arrivals(served: Served, repertoire: Repertoire, num_tasks: int, rate: float
         due += chance.expovariate(rate)
         time.sleep(max(0.0, due - time.perf_counter()))
         task = chance.randrange(num_tasks)
-        drop_pages(repertoire, task)
+        drop_pages(repertoire, served.engine.generation.manifest, task)
         flying.append(served.ask(task, num_tokens=2))
     return [asked.first_s() for asked in flying]
 
@@ -434,7 +479,7 @@ def main() -> None:
     bench = Bench(step, base)
     parts: dict[str, Callable[[], dict[str, object]]] = {
         "registered": lambda: registered(bench, few, many, repeats),
-        "cold_and_warm": lambda: cold_and_warm(bench, some, short, working_set),
+        "cold_and_warm": lambda: cold_and_warm(bench, some, short, working_set, 2 * repeats),
         "pressure": lambda: pressure(bench, some, working_set, repeats),
         "churn": lambda: dict(churn(bench, large, working_set, repeats)),
     }

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from runtime.engine.engine import Engine
 from runtime.engine.kv import KVCache, KVShape
 from runtime.engine.prefix import BLOCK
 from runtime.errors import BudgetError
+from runtime.memory.visible import VisibleSets
+from runtime.model.generation import open_generation
+from runtime.model.routers import router_bytes
 
 
 def run(*arguments: str) -> Result:
@@ -79,17 +83,31 @@ def test_a_port_in_use_is_a_failure() -> None:
 def test_tasks_run_together_as_long_as_their_visible_sets_fit(three_tasks: Workshop) -> None:
     manifest = three_tasks.repertoire.manifest()
     sizes = [sum(unit.bytes for unit in entry.units) for entry in manifest.experts]
-    assert expert_capacity(manifest, sum(sizes))["tasks_running_together"] == 3
+    routers = [router_bytes(manifest, task) for task in manifest.tasks]
+    whole = sum(sizes) + sum(routers)
+    assert expert_capacity(manifest, whole, "float32")["tasks_running_together"] == 3
     # Blue sees all three sets, green two, red one.
-    short = expert_capacity(manifest, sum(sizes) - 1)
+    short = expert_capacity(manifest, sum(sizes) + routers[2] - 1, "float32")
     assert (short["tasks_too_large"], short["tasks_running_together"]) == (1, 2)
-    assert expert_capacity(manifest, sizes[0]) == {
+    assert expert_capacity(manifest, sizes[0] + routers[0], "float32") == {
         "expert_sets": 3,
-        "all_experts_bytes": sum(sizes),
+        "all_experts_bytes": whole,
         "expert_sets_in_budget": 0,
         "tasks_running_together": 1,
         "tasks_too_large": 2,
     }
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_budget_of_all_experts_bytes_is_what_an_engine_of_that_dtype_has_in_memory_in_the_end(
+    three_tasks: Workshop, dtype: Literal["float32", "bfloat16"], kept: torch.dtype
+) -> None:
+    generation = open_generation(three_tasks.repertoire)
+    visible = VisibleSets(three_tasks.repertoire, max_rank=64, dtype=kept)
+    wanted = {each.key: each.num_bytes for task in generation.mixtures for each in visible.of(generation, task).wanted}
+    said = expert_capacity(generation.manifest, sum(wanted.values()), dtype)
+    assert said["all_experts_bytes"] == sum(wanted.values())
+    assert (said["tasks_running_together"], said["tasks_too_large"]) == (3, 0)
 
 
 def test_the_cache_holds_as_many_tokens_as_it_is_said_to(tiny_base_folder: Path) -> None:

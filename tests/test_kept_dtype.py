@@ -6,6 +6,7 @@ import pytest
 import torch
 from repertoires import FIRST_LAYER, Workshop
 
+from runtime.batch.plan import unit_sizes
 from runtime.errors import NonFiniteError
 from runtime.memory.kept_dtype import in_dtype, kept_bytes, kept_dtype
 from runtime.memory.visible import VisibleSets
@@ -77,6 +78,15 @@ def test_what_is_kept_follows_the_engine_but_nothing_grows_out_of_bfloat16(
     ref = base_ref(three_tasks.base.info)
     assert kept_dtype(entry, wanted) == kept
     assert kept_bytes(entry, entry.units[0], wanted) == 2 * (ref.width + ref.ffn_width) * kept.itemsize
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_an_offline_plan_counts_every_unit_as_memory_does(three_tasks: Workshop, dtype: torch.dtype | None) -> None:
+    generation = open_generation(three_tasks.repertoire)
+    visible = VisibleSets(three_tasks.repertoire, max_rank=64, dtype=dtype)
+    sizes = unit_sizes(generation, dtype=dtype)
+    for task in ("red", "green", "blue"):
+        assert sorted(sizes[task].values()) == sorted(one.num_bytes for one in visible.of(generation, task).wanted)
 
 
 def test_a_weight_too_large_for_the_kept_dtype_is_refused() -> None:

@@ -15,21 +15,26 @@ class Bench:
     """One loader thread that is held busy until the test lets it go, so that the order of the rest can be arranged."""
 
     def __init__(self) -> None:
-        self.loader = Loader(1, name="test")
+        self.loader = Loader(self._work, num_threads=1, name="test")
         self.ran: list[str] = []
         self._busy, self._free, self._done = threading.Event(), threading.Event(), threading.Event()
-        self.loader.submit("first", self._hold, priority=Priority.DEMAND, order=0)
+        self.loader.submit([("first", 0)], priority=Priority.DEMAND)
         assert self._busy.wait(10)
 
-    def _hold(self) -> None:
-        self._busy.set()
-        assert self._free.wait(10)
+    def _work(self, key: str) -> None:
+        if key == "first":
+            self._busy.set()
+            assert self._free.wait(10)
+        elif key == "last":
+            self._done.set()
+        else:
+            self.ran.append(key)
 
     def add(self, key: str, priority: Priority, order: int = 0) -> None:
-        self.loader.submit(key, lambda: self.ran.append(key), priority=priority, order=order)
+        self.loader.submit([(key, order)], priority=priority)
 
     def finish(self) -> list[str]:
-        self.loader.submit("last", self._done.set, priority=Priority.GUESS, order=10**6)
+        self.loader.submit([("last", 10**6)], priority=Priority.GUESS)
         self._free.set()
         assert self._done.wait(10)
         return self.ran
@@ -57,9 +62,8 @@ def test_urgent_jobs_overtake_and_equal_ones_go_by_order(bench: Bench) -> None:
 def test_a_waiting_job_can_be_raised_but_not_lowered(bench: Bench) -> None:
     bench.add("a", Priority.CONFIRMED)
     bench.add("b", Priority.GUESS)
-    bench.loader.raise_to("b", Priority.DEMAND)
-    bench.loader.raise_to("b", Priority.GUESS)
-    bench.loader.raise_to("unknown", Priority.DEMAND)
+    bench.loader.raise_to(["unknown", "b"], Priority.DEMAND)
+    bench.loader.raise_to(["a", "b"], Priority.GUESS)
     assert bench.finish() == ["b", "a"]
 
 
@@ -130,8 +134,25 @@ def test_a_job_that_runs_takes_over_what_would_run_next_as_long_as_it_is_alike(b
     for order, key in enumerate(["a1", "a2", "gone", "a3", "b1", "a4"]):
         bench.add(key, Priority.GUESS, order)
     bench.loader.withdraw("gone")
-    bench.loader.raise_to("a3", Priority.DEMAND)
+    bench.loader.raise_to(["a3"], Priority.DEMAND)
     assert bench.loader.take_next(2, lambda key: str(key).startswith("a")) == ["a3", "a1"]
     assert bench.loader.take_next(9, lambda key: str(key).startswith("a")) == ["a2"]
     assert bench.loader.take_next(9, lambda key: str(key).startswith("a")) == [], "b1 would run next"
     assert bench.finish() == ["b1", "a4"]
+
+
+def test_jobs_that_are_submitted_together_are_all_queued_before_the_first_of_them_runs() -> None:
+    taken: list[list[str]] = []
+    done = threading.Event()
+
+    def work(_key: str) -> None:
+        taken.append(loader.take_next(9, lambda _other: True))
+        done.set()
+
+    loader = Loader(work, num_threads=1, name="test")
+    for _ in range(20):
+        done.clear()
+        loader.submit([("a", 1), ("b", 0), ("c", 2)], priority=Priority.GUESS)
+        assert done.wait(10)
+    loader.close()
+    assert taken == [["a", "c"]] * 20

@@ -31,7 +31,7 @@ class Disk:
         self.gate.set()
         self.reading = threading.Event()
         self.reads: list[tuple[str, int]] = []
-        self.bad: set[str] = set()
+        self.bad: set[str | tuple[str, int]] = set()  # sets, or single layers
         self.fetches: list[tuple[int, ...]] = []
         self.fetches_runs = False
         self._fetchers: dict[str, Callable[[Sequence[int]], None]] = {}
@@ -65,7 +65,7 @@ class Disk:
         self.reading.set()
         assert self.gate.wait(10)
         self.reads.append((name, layer))
-        if name in self.bad:
+        if not self.bad.isdisjoint({name, (name, layer)}):
             raise DigestMismatchError(f"{name} is bad")
         if layer < 0:
             return Mixture(task=name, digest=name, top_k=1, routers={})
@@ -231,6 +231,20 @@ def test_layers_of_a_set_that_are_loaded_one_after_the_other_come_in_one_read_bu
     assert disk.fetches == [(-1, 0, 1, 2, 3)]
     assert all(memory.state(key) is State.READY for key in wanted.keys)
     assert disk.reads[1:] == [("a", layer) for layer in range(-1, 4)]
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_bad_layer_in_a_common_read_fails_alone_and_the_others_come_in(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=9)
+    disk.fetches_runs, disk.bad = True, {("a", 1)}
+    guess = memory.prefetch(disk.set("a", 4))
+    loaded.wait_for(1)
+    states = [memory.state(key).value for key in guess.keys]
+    assert disk.fetches == [(-1, 0, 1, 2)]
+    assert states == ["ready", "ready", "failed", "ready"]
+    statistics = memory.statistics()
+    assert (statistics.loads, statistics.failures, statistics.resident_bytes) == (3, 1, 300)
     memory.check_integrity()
     memory.close()
 

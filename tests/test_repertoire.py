@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -29,9 +30,9 @@ from runtime.errors import (
 )
 from runtime.model.attach import fresh_expert
 from runtime.model.base import BaseModel
-from runtime.model.expert import DTYPES, UnitForm, pack_expert_set, unit_tensors
+from runtime.model.expert import DTYPES, UnitForm, check_header, pack_expert_set, unit_tensors
 from runtime.model.generation import base_ref, check_base, open_generation
-from runtime.model.manifest import ExpertSet, Manifest
+from runtime.model.manifest import BaseRef, ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
 
 
@@ -175,6 +176,51 @@ def test_a_file_that_is_no_safetensors_is_rejected(published: Workshop) -> None:
     path.write_bytes(b"\x80\x04\x95" + bytes(entry.bytes - 3))  # how a pickle begins
     with pytest.raises(TensorMismatchError, match="a header of"):
         read_first(published)
+
+
+def header_of(workshop: Workshop) -> tuple[bytes, ExpertSet, BaseRef]:
+    """The JSON of the first blob as it was written, and what the manifest says of it."""
+    manifest = workshop.repertoire.manifest()
+    entry = manifest.experts[0]
+    data = blob_path(workshop, entry.digest).read_bytes()
+    return data[8 : 8 + int.from_bytes(data[:8], "little")], entry, manifest.base
+
+
+def respaced(header: bytes) -> bytes:
+    """The same JSON as another writer might space it, in as many bytes, so that all places stay as they are."""
+    return json.dumps(json.loads(header), separators=(",", ":"), sort_keys=True).encode().ljust(len(header))
+
+
+def test_a_header_is_understood_however_it_is_spelt(published: Workshop) -> None:
+    header, entry, base = header_of(published)
+    check_header(header, entry, base)
+    assert respaced(header) != header
+    check_header(respaced(header), entry, base)
+
+
+@pytest.mark.parametrize("spell", [lambda header: header, respaced], ids=["as written", "otherwise"])
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        (b'"F32"', b'"I32"', "layer.0002.down.a"),
+        (b"layer.0002.gate.a", b"layer.0002.gate.x", "layer.0002.gate.a"),
+        (b'"__metadata__":{', b'"some.tensor_":{', "some.tensor_"),
+    ],
+)
+def test_a_header_that_says_something_else_is_refused_in_any_spelling(
+    published: Workshop, old: bytes, new: bytes, named: str, spell: Callable[[bytes], bytes]
+) -> None:
+    header, entry, base = header_of(published)
+    changed = header.replace(old, new, 1)
+    assert changed != header
+    with pytest.raises(TensorMismatchError, match=named):
+        check_header(spell(changed), entry, base)
+
+
+@pytest.mark.parametrize("header", [b"", b"{", b"[]", b"\xff", b"1"])
+def test_a_header_that_is_no_object_is_refused(published: Workshop, header: bytes) -> None:
+    with pytest.raises(TensorMismatchError, match="not JSON"):
+        check_header(header, *header_of(published)[1:])
 
 
 def test_weights_that_are_not_finite_cannot_be_written_nor_read(published: Workshop) -> None:

@@ -21,6 +21,7 @@ from runtime.batch.sources import Format, format_of
 from runtime.batch.workers import OneEngine, Workers
 from runtime.engine.follower import open_held
 from runtime.engine.request import SamplingParams
+from runtime.engine.step_model import load_dtype
 from runtime.errors import InvalidInputError
 from runtime.model.generation import Generation
 from runtime.scale.cluster import connected
@@ -139,7 +140,7 @@ def make_job(
         target_is_folder=places.target_is_folder,
         sampling=sampling,
         generation=manifest.generation,
-        sizes=unit_sizes(generation),
+        sizes=unit_sizes(generation, dtype=load_dtype(flags.dtype)),
         budget_bytes=flags.limits.expert_budget_bytes,
         settings=settings,
         shard_rows=shard_rows,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runtime.kernels.step_kinds import WeightKind
 from runtime.model.manifest import Manifest
+from runtime.model.routers import router_bytes
 
 
 def capacity(
@@ -34,33 +35,43 @@ def capacity(
     """
     found: dict[str, int] = {}
     if manifest is not None:
-        found |= expert_capacity(manifest, expert_budget_bytes)
+        found |= expert_capacity(manifest, expert_budget_bytes, dtype)
     if base is not None:
         found |= kv_capacity(base, kv_budget_bytes, prefix_budget_bytes, dtype)
     return found
 
 
-def expert_capacity(manifest: Manifest, budget_bytes: int) -> dict[str, int]:
+def expert_capacity(manifest: Manifest, budget_bytes: int, dtype: WeightKind) -> dict[str, int]:
     """How many expert sets fit, and how many tasks can run at the same time, counted from the largest down.
 
-    `tasks_too_large` can never run with this budget; `all_experts_bytes` is the budget that never evicts.
+    Experts and routers count as memory counts them. `tasks_too_large` can never run with this budget;
+    `all_experts_bytes`, of experts and routers, is the budget that never evicts.
     """
-    sizes = {entry.digest: sum(unit.bytes for unit in entry.units) for entry in manifest.experts}
-    visible = sorted((set(task.router.visible) for task in manifest.tasks), key=lambda seen: -_bytes_of(seen, sizes))
-    runnable = [seen for seen in visible if _bytes_of(seen, sizes) <= budget_bytes]
-    together: set[str] = set()
+    from runtime.engine.step_model import load_dtype
+    from runtime.memory.kept_dtype import kept_bytes
+
+    kept = load_dtype(dtype)
+    sets = {entry.digest: sum(kept_bytes(entry, unit, kept) for unit in entry.units) for entry in manifest.experts}
+    routers = {task.name: router_bytes(manifest, task) for task in manifest.tasks}
+    needs = [
+        {("set", seen): sets[seen] for seen in task.router.all_experts()} | {("routers", task.name): routers[task.name]}
+        for task in manifest.tasks
+    ]
+    needs.sort(key=lambda need: -sum(need.values()))
+    runnable = [need for need in needs if sum(need.values()) <= budget_bytes]
+    together: dict[tuple[str, str], int] = {}
     num_together = 0
-    for seen in runnable:
-        if _bytes_of(together | seen, sizes) > budget_bytes:
+    for need in runnable:
+        if sum((together | need).values()) > budget_bytes:
             break
-        together |= seen
+        together |= need
         num_together += 1
     return {
-        "expert_sets": len(sizes),
-        "all_experts_bytes": sum(sizes.values()),
-        "expert_sets_in_budget": _num_that_fit(sorted(sizes.values(), reverse=True), budget_bytes),
+        "expert_sets": len(sets),
+        "all_experts_bytes": sum(sets.values()) + sum(routers.values()),
+        "expert_sets_in_budget": _num_that_fit(sorted(sets.values(), reverse=True), budget_bytes),
         "tasks_running_together": num_together,
-        "tasks_too_large": len(visible) - len(runnable),
+        "tasks_too_large": len(needs) - len(runnable),
     }
 
 
@@ -90,10 +101,6 @@ def kv_capacity(base: Path, budget_bytes: int, prefix_budget_bytes: int, dtype: 
         "kv_tokens": budget_bytes // token_bytes,
         "prefix_tokens": prefix_budget_bytes // block_bytes * BLOCK,
     }
-
-
-def _bytes_of(digests: set[str], sizes: dict[str, int]) -> int:
-    return sum(sizes[digest] for digest in digests)
 
 
 def _num_that_fit(sizes: list[int], budget_bytes: int) -> int:

@@ -13,6 +13,9 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from runtime.memory.kept_dtype import kept_bytes
 from runtime.memory.keys import ROUTERS, UnitKey
 from runtime.model.generation import Generation
 
@@ -35,14 +38,20 @@ class Shard:
     tasks: tuple[str | None, ...]
 
 
-def unit_sizes(generation: Generation) -> Sizes:
-    """What each task of a generation needs in memory; tasks that cannot be served need nothing."""
+def unit_sizes(generation: Generation, *, dtype: torch.dtype | None = None) -> Sizes:
+    """What each task of a generation needs in memory; tasks that cannot be served need nothing.
+
+    Args:
+        generation: of which.
+        dtype: that the engine wants experts in, see `runtime.memory.kept_dtype`; None keeps them as they are stored.
+    """
+    units = {task: generation.task_units(task) for task in generation.mixtures}
     return {
         task: {
             (task, ROUTERS): generation.router_bytes(task),
-            **{(entry.digest, unit.layer): unit.bytes for entry, unit in generation.task_units(task)},
+            **{(entry.digest, unit.layer): kept_bytes(entry, unit, dtype) for entry, unit in seen},
         }
-        for task in generation.mixtures
+        for task, seen in units.items()
     }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -21,6 +22,7 @@ from runtime.engine.sequence import Phase, Sequence
 from runtime.errors import GreenroomError, InvalidInputError, NoTaskNearError
 from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
+from runtime.memory.reservation import Prefetch
 from runtime.memory.visible import VisibleSets
 from runtime.memory.wanted import VisibleSet
 from runtime.model.locator import parts, pool
@@ -58,7 +60,8 @@ class Casting:
     def guess(self, sequence: Sequence) -> None:
         """On arrival: guess the task from the token embeddings and start to read its visible set.
 
-        Called on the thread that submits. The guess binds nobody: `decide` withdraws it where it was wrong.
+        Called on the thread that submits, while the engine may have the sequence already, or have ended it. The guess
+        binds nobody: `decide` withdraws it where it was wrong, or this does where it comes too late.
         """
         request, generation = sequence.request, sequence.generation
         if request.named_tasks or request.base_only or request.locate_only:
@@ -67,8 +70,13 @@ class Casting:
             return  # a guess is worth no waiting
         embedded = self._embed(sequence.prompt[: sequence.num_context])
         task = generation.arrival.locate(pool(embedded).unsqueeze(0).cpu())[0].task
-        if task is not None:
-            self._guess(sequence, (task,))
+        if task is None or sequence.decided:
+            return
+        with suppress(GreenroomError):  # a task that cannot be served is no guess
+            guess = self._guess(sequence, (task,))
+            # The engine's thread first writes what is read here, and then looks for a guess; so one of the two sees it.
+            if sequence.phase is Phase.ENDED or (sequence.decided and sequence.task != task):
+                guess.cancel()
 
     def begin(self, sequence: Sequence) -> None:
         """Fix the task of a sequence that has just left the queue, where its request names it, or several."""
@@ -90,9 +98,9 @@ class Casting:
             if task is None and request.abstain_fails:
                 sequence.fail(NoTaskNearError("no task is near enough to the prompt"))
                 return
+        self._fix(sequence, task)
         if sequence.guess is not None and sequence.guessed_task != task:
             sequence.guess.cancel()
-        self._fix(sequence, task)
         if request.locate_only and sequence.phase is not Phase.ENDED:
             sequence.emit(located(sequence))
             sequence.finish("located")
@@ -168,15 +176,16 @@ class Casting:
         elif sequence.mixture is None:
             self._take_mixture(sequence)
 
-    def _guess(self, sequence: Sequence, tasks: tuple[str, ...]) -> None:
+    def _guess(self, sequence: Sequence, tasks: tuple[str, ...]) -> Prefetch:
         sequence.guessed_task = " + ".join(tasks)
         visible = self._visible.of_all(sequence.generation, tasks)
-        sequence.guess = self._memory.prefetch(visible, tenant=sequence.request.tenant)
+        guess = sequence.guess = self._memory.prefetch(visible, tenant=sequence.request.tenant)
+        return guess
 
     def _fix(self, sequence: Sequence, task: str | None) -> None:
-        sequence.decided = True
         sequence.decided_at = time.monotonic()
         sequence.task = task
+        sequence.decided = True
         if task is not None:
             sequence.awaits_experts = not sequence.request.locate_only
             return

@@ -169,20 +169,17 @@ class Engine:
         """
         self._check_accepting()
         generation = self._generations.enter()
-        sequence: Sequence | None = None
         try:
             sequence = self._arrival.sequence(request, generation, sink)
             for choice in sequence.choices:
                 choice.on_end = self._give_back
-            if self._options.prefetch:
-                self._casting.guess(sequence)
             self._take(sequence)
         except BaseException:
-            if sequence is not None and sequence.guess is not None:
-                sequence.guess.cancel()
             self._generations.leave(generation)
             raise
         self._wake()
+        if self._options.prefetch:  # while the prompt is on its way already
+            self._casting.guess(sequence)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 It knows nothing of experts or budgets; who takes a buffer decides how many bytes may be resident.
 Read first: a buffer is a memoryview. Its room is free when the view and all that was made of it (slices, tensors) are
 gone, which Python notices and `take` learns of; nobody gives anything back by hand, so nothing that is still looked at
-is ever written over. Used memory has its pages already; new arenas ask the kernel for huge ones.
+is ever written over. Memory that is used again has its pages already, which saves much of the time of a load.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class _Arena:
 
     def __init__(self, num_bytes: int) -> None:
         self.size = num_bytes
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # huge pages need private ones
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                pages.madvise(mmap.MADV_HUGEPAGE)
+        # In small pages: steps are no faster on huge ones, and a load would wait until all of a new one is zeroed.
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge ones refuses
+                pages.madvise(mmap.MADV_NOHUGEPAGE)
         self.memory = memoryview(pages)
         self.gaps = [(0, num_bytes)]
         self.largest = num_bytes

@@ -1,6 +1,6 @@
-"""The loader: threads that run jobs by priority, and jobs that can still be raised or withdrawn while they wait.
+"""The loader: threads that do jobs by priority, and jobs that can still be raised or withdrawn while they wait.
 
-It knows nothing of experts; `runtime.memory.memory` gives it reads.
+It knows nothing of experts; `runtime.memory.memory` says what a job is, and gives it keys.
 Read first: a lower number is more urgent. A job that has begun is never interrupted; one that waits can be overtaken.
 """
 
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
 
 
 class Priority(IntEnum):
@@ -20,18 +23,20 @@ class Priority(IntEnum):
     GUESS = 2  # speculation on arrival
 
 
-class Loader:
+class Loader(Generic[Key]):
     """A pool of threads over one priority queue.
 
     Args:
+        work: does the job of a key.
         num_threads: jobs that run at the same time.
         name: of the threads.
     """
 
-    def __init__(self, num_threads: int, *, name: str) -> None:
+    def __init__(self, work: Callable[[Key], None], *, num_threads: int, name: str) -> None:
+        self._work = work
         self._lock = threading.Condition()
-        self._queue: list[tuple[int, int, int, Hashable]] = []
-        self._jobs: dict[Hashable, tuple[int, int, Callable[[], None]]] = {}
+        self._queue: list[tuple[int, int, int, Key]] = []
+        self._jobs: dict[Key, tuple[int, int]] = {}  # priority, order
         self._count = 0
         self._closed = False
         self._threads = [
@@ -40,33 +45,38 @@ class Loader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, key: Hashable, job: Callable[[], None], *, priority: Priority, order: int) -> None:
-        """Queue a job; among equal priorities the smaller `order` runs first, then the older one."""
-        with self._lock:
-            assert key not in self._jobs, f"{key} is queued already"
-            self._push(key, priority, order, job)
-            self._lock.notify()
+    def submit(self, jobs: Sequence[tuple[Key, int]], *, priority: Priority) -> None:
+        """Queue the jobs of keys, each with its order: of equal priorities the smaller runs first, then the older.
 
-    def raise_to(self, key: Hashable, priority: Priority) -> None:
-        """Make a waiting job more urgent; nothing happens if it has begun or is as urgent already."""
+        No thread begins before all are queued, so that one that takes over its neighbours (`take_next`) finds them.
+        """
         with self._lock:
-            waiting = self._jobs.get(key)
-            if waiting is not None and priority < waiting[0]:
-                self._push(key, priority, waiting[1], waiting[2])
+            for key, order in jobs:
+                assert key not in self._jobs, f"{key} is queued already"
+                self._push(key, priority, order)
+            self._lock.notify(len(jobs))
 
-    def withdraw(self, key: Hashable) -> bool:
+    def raise_to(self, keys: Iterable[Key], priority: Priority) -> None:
+        """Make waiting jobs more urgent; nothing happens to those that have begun or are as urgent already."""
+        with self._lock:
+            for key in keys:
+                waiting = self._jobs.get(key)
+                if waiting is not None and priority < waiting[0]:
+                    self._push(key, priority, waiting[1])
+
+    def withdraw(self, key: Key) -> bool:
         """Take a waiting job back; False if it has begun or is unknown."""
         with self._lock:
             return self._jobs.pop(key, None) is not None
 
-    def take_next(self, limit: int, alike: Callable[[Hashable], bool]) -> list[Hashable]:
+    def take_next(self, limit: int, alike: Callable[[Key], bool]) -> list[Key]:
         """Take over the waiting jobs that would run next, as long as they are alike; their caller does them instead.
 
         Args:
             limit: how many at most.
             alike: whether the job of this key may be taken.
         """
-        taken: list[Hashable] = []
+        taken: list[Key] = []
         with self._lock:
             while len(taken) < limit and self._queue:
                 priority, _, _, key = self._queue[0]
@@ -89,8 +99,8 @@ class Loader:
         for thread in self._threads:
             thread.join()
 
-    def _push(self, key: Hashable, priority: int, order: int, job: Callable[[], None]) -> None:
-        self._jobs[key] = (priority, order, job)
+    def _push(self, key: Key, priority: int, order: int) -> None:
+        self._jobs[key] = (priority, order)
         self._count += 1
         heapq.heappush(self._queue, (priority, order, self._count, key))
 
@@ -105,4 +115,4 @@ class Loader:
                 if waiting is None or waiting[0] != priority:
                     continue  # withdrawn, or raised: the entry that counts is another one
                 del self._jobs[key]
-            waiting[2]()
+            self._work(key)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Hashable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 
 from runtime.errors import BudgetError, GreenroomError, UnavailableError
@@ -40,7 +40,8 @@ class ExpertMemory:
         retry_s: how long something that failed to load stays quarantined; doubles with every failure in a row.
         floors: tenant -> bytes that the traffic of others leaves in memory.
         tier: what kernels read.
-        on_change: called from a loader thread after a load ended, outside the lock.
+        on_change: called from a loader thread, outside the lock, when somebody got what he waited for, and after each
+            run of loads.
         clock: seconds, monotonic.
     """
 
@@ -63,7 +64,7 @@ class ExpertMemory:
         self._lock = threading.Lock()
         self._tier = tier or HostTier()
         self._shelf = Shelf(budget_bytes, eviction, floors or {}, self._tier)
-        self._loader = Loader(num_loaders, name="expert-loader")
+        self._loader = Loader(self._work, num_threads=num_loaders, name="expert-loader")
         self._closed = False
 
     def reserve(
@@ -100,8 +101,12 @@ class ExpertMemory:
             if not held:
                 return None
             reservation = Reservation(visible, started=self._clock(), on_release=self._release)
+            begin: list[UnitKey] = []
+            begun: list[UnitKey] = []
             for wanted in visible.wanted:
-                self._reserve_one(reservation, wanted, priority, tenant)
+                self._reserve_one(reservation, wanted, tenant, begin, begun)
+            self._submit(begin, priority)
+            self._loader.raise_to(begun, priority)
             if pin:
                 self._shelf.pin(reservation.keys, 1)
             reservation.complete_if_ready(self._clock())
@@ -115,8 +120,7 @@ class ExpertMemory:
 
     def hurry(self, reservation: Reservation) -> None:
         """A sequence now waits for this reservation: its reads overtake all that nobody waits for."""
-        for key in reservation.keys:
-            self._loader.raise_to(key, Priority.DEMAND)
+        self._loader.raise_to(reservation.keys, Priority.DEMAND)
 
     def prefetch(self, visible: VisibleSet, *, tenant: str = "", guess: bool = True) -> Prefetch:
         """Start reading what is absent because it may be wanted; reserves nothing and never fails.
@@ -131,16 +135,21 @@ class ExpertMemory:
         Returns:
             the guess; `cancel` it when it turns out wrong, and what has not been read yet will not be.
         """
-        keys = []
+        keys: list[UnitKey] = []
+        begin: list[UnitKey] = []
         with self._lock:
             slots, accounts = self._shelf.slots, self._shelf.accounts
             absent = sum(wanted.num_bytes for wanted in visible.wanted if wanted.key not in slots)
             if not self._closed and accounts.claimed() + accounts.guessed + absent <= self.budget_bytes:
                 for wanted in visible.wanted:
-                    slot = slots.get(wanted.key) or self._start(wanted, Priority.GUESS, tenant, guessed=guess)
+                    slot = slots.get(wanted.key)
+                    if slot is None:
+                        slot = self._shelf.add(wanted, tenant, guessed=guess)
+                        begin.append(wanted.key)
                     if slot.state is State.LOADING and guess:
                         slot.guesses += 1
                         keys.append(wanted.key)
+                self._submit(begin, Priority.GUESS)
         return Prefetch(tuple(keys), on_cancel=self._withdraw)
 
     def missing_bytes(self, visible: VisibleSet) -> int:
@@ -221,26 +230,24 @@ class ExpertMemory:
                 assert slot.error is not None, "a failed slot knows why"
                 raise slot.error
 
-    def _start(self, wanted: Wanted, priority: Priority, tenant: str, *, guessed: bool) -> Slot:
-        slot = self._shelf.add(wanted, tenant, guessed=guessed)
-        self._submit(slot, priority)
-        return slot
+    def _submit(self, keys: Sequence[UnitKey], priority: Priority) -> None:
+        self._loader.submit([(key, key[1]) for key in keys], priority=priority)
 
-    def _submit(self, slot: Slot, priority: Priority) -> None:
-        key = slot.wanted.key
-        self._loader.submit(key, lambda: self._work(key, slot), priority=priority, order=key[1])
-
-    def _place(self, slot: Slot, priority: Priority) -> None:
+    def _begin_to_place(self, slot: Slot) -> None:
         slot.busy = True
         self._shelf.reference(slot, slot.owner)  # it must not go while it is copied
-        self._submit(slot, priority)
 
-    def _reserve_one(self, reservation: Reservation, wanted: Wanted, priority: Priority, tenant: str) -> None:
+    def _reserve_one(
+        self, reservation: Reservation, wanted: Wanted, tenant: str, begin: list[UnitKey], begun: list[UnitKey]
+    ) -> None:
+        """Appends what is to be loaded to `begin`, what somebody wanted before and is on its way to `begun`."""
         counters = self._shelf.counters
         slot = self._shelf.slots.get(wanted.key)
-        if slot is None or slot.state is State.FAILED:
-            slot = self._start(wanted, priority, tenant, guessed=False)
+        absent = slot is None or slot.state is State.FAILED
+        if absent:
+            slot = self._shelf.add(wanted, tenant, guessed=False)
             counters.demanded_bytes += wanted.num_bytes
+        assert slot is not None, "added"
         was_guessed = self._shelf.reference(slot, tenant)
         counters.prefetch_useful_bytes += slot.num_bytes if was_guessed else 0
         if slot.placed is not None:
@@ -249,10 +256,10 @@ class ExpertMemory:
             return
         counters.misses += 1
         slot.waiting.append(reservation)
-        if slot.resident and not slot.busy:
-            self._place(slot, priority)
-        else:
-            self._loader.raise_to(wanted.key, priority)
+        place = slot.resident and not slot.busy
+        if place:
+            self._begin_to_place(slot)
+        (begin if absent or place else begun).append(wanted.key)
 
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
@@ -274,33 +281,30 @@ class ExpertMemory:
 
     # ---- on a loader thread
 
-    def _work(self, key: UnitKey, slot: Slot) -> None:
+    def _work(self, key: UnitKey) -> None:
         """Load a unit, and with it those of its set that would be loaded next anyway: their bytes in one read."""
-        work = {key: slot}
-        wanted = slot.wanted
-        if wanted.fetch is not None and not slot.resident:
-            slots = self._shelf.slots  # whatever is queued has its slot
-
-            def alike(other: Hashable) -> bool:
-                return slots[other].wanted.fetch == wanted.fetch  # type: ignore[index]
-
-            more = self._loader.take_next(_RUN_BYTES // wanted.num_bytes, alike)
-            with self._lock:
-                work |= {other: self._shelf.slots[other] for other in more}  # type: ignore[index, misc]
-                layers = [key[1] for key, slot in work.items() if not slot.resident]
+        slots = self._shelf.slots  # whatever is queued has its slot
+        first = slots[key]
+        run, fetch, fetch_s = [first], first.wanted.fetch, 0.0
+        if fetch is not None and not first.resident:
+            more = self._loader.take_next(_RUN_BYTES // first.num_bytes, lambda key: slots[key].wanted.fetch == fetch)
+            run += [slots[key] for key in more]
+            layers = [slot.wanted.key[1] for slot in run if not slot.resident]
             if len(layers) > 1:
+                started = time.perf_counter()
                 with suppress(GreenroomError, OSError, MemoryError):  # each will say itself what is wrong with it
-                    wanted.fetch(layers)
-        for each in work.items():
-            self._load(*each)
+                    fetch(layers)
+                fetch_s = (time.perf_counter() - started) / len(layers)
+        for slot in run:
+            if self._load(slot, fetch_s) or slot is run[-1]:
+                self._on_change()
 
-    def _load(self, key: UnitKey, slot: Slot) -> None:
-        """Read what is not in host memory, and place what is wanted in the tier."""
-        value, error, seconds = slot.value, None, 0.0
+    def _load(self, slot: Slot, fetch_s: float) -> bool:
+        """Read what is not in host memory, and place what is wanted in the tier; True if somebody waited for it."""
+        key, value, error, started = slot.wanted.key, slot.value, None, time.perf_counter()
         if value is None:
-            started = time.perf_counter()
             value, error = slot.wanted.attempt()
-            seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + fetch_s
         placed = None
         with self._lock:
             claimed = value is not None and self._tier.claim(slot.wanted)
@@ -311,8 +315,7 @@ class ExpertMemory:
                 self._tier.let_go(key)
             if not slot.resident:
                 self._settle(slot, value, error, seconds)
-            self._hand_out(slot, placed)
-        self._on_change()
+            return self._hand_out(slot, placed)
 
     def _settle(self, slot: Slot, value: Held | None, error: GreenroomError | None, seconds: float) -> None:
         slot.load_s = seconds
@@ -325,13 +328,15 @@ class ExpertMemory:
         backoff = min(_MAX_BACKOFF, 2 ** (slot.failures - 1))
         self._shelf.fail(slot, error, retry_at=self._clock() + self._retry_s * backoff)
 
-    def _hand_out(self, slot: Slot, placed: Held | None) -> None:
-        """Give those who wait what they wait for, or the reason why they will not get it."""
+    def _hand_out(self, slot: Slot, placed: Held | None) -> bool:
+        """Give those who wait what they wait for, or the reason why they will not get it; False if nobody does."""
         slot.placed = placed if slot.resident else None
         was_busy, slot.busy = slot.busy, False
         slot.waiting = [reservation for reservation in slot.waiting if not reservation.released]
-        if slot.resident and slot.placed is None and slot.waiting:
-            self._place(slot, Priority.DEMAND)  # it was reserved after this job had looked
+        waited = bool(slot.waiting)
+        if slot.resident and slot.placed is None and waited:
+            self._begin_to_place(slot)  # it was reserved after this job had looked
+            self._submit([slot.wanted.key], Priority.DEMAND)
         else:
             waiting, slot.waiting = slot.waiting, []
             for reservation in waiting:
@@ -342,3 +347,4 @@ class ExpertMemory:
                     reservation.complete_if_ready(self._clock())
         if was_busy:
             self._shelf.dereference(slot)
+        return waited

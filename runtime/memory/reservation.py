@@ -112,11 +112,12 @@ class Prefetch:
 
     def __init__(self, keys: tuple[UnitKey, ...], *, on_cancel: Callable[[Prefetch], None]) -> None:
         self.keys = keys
-        self._on_cancel = on_cancel
-        self._cancelled = False
+        self._on_cancel = [on_cancel]
 
     def cancel(self) -> None:
         """The guess is over; reads that have not begun for anybody else's sake are withdrawn. Idempotent."""
-        if not self._cancelled:
-            self._cancelled = True
-            self._on_cancel(self)
+        try:
+            on_cancel = self._on_cancel.pop()  # one thread gets it
+        except IndexError:
+            return
+        on_cancel(self)

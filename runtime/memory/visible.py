@@ -99,13 +99,17 @@ class VisibleSets:
         read_routers = partial(generation.read_mixture, task)
         wanted = [Wanted(key=routers, task=task, num_bytes=num_bytes, rows=(), read=read_routers)]
         sources = {entry.digest: _Source(self._repertoire, entry, manifest.base, self._buffers) for entry, _ in units}
+        rows: dict[object, tuple[tuple[int, int], ...]] = {}  # one set's layers mostly have the same ranks
         for entry, unit in units:
-            rows = [_row(name, shape) for name, shape in unit_tensors(unit.ranks, manifest.base, entry.layout).items()]
+            form = (entry.layout, *unit.ranks.items())
+            if form not in rows:
+                shapes = unit_tensors(unit.ranks, manifest.base, entry.layout)
+                rows[form] = tuple(_row(name, shape) for name, shape in shapes.items())
             source = sources[entry.digest]
             read = partial(self._read_expert, source, unit)
             key = (entry.digest, unit.layer)
             size = kept_bytes(entry, unit, self._dtype)
-            made = Wanted(key=key, task=entry.task, num_bytes=size, rows=tuple(rows), read=read, fetch=source.fetch)
+            made = Wanted(key=key, task=entry.task, num_bytes=size, rows=rows[form], read=read, fetch=source.fetch)
             wanted.append(made)
         return VisibleSet(task=task, routers=routers, wanted=tuple(wanted))
 
@@ -150,7 +154,8 @@ class _Source:
             (data,) = self._read([unit])
         form = self._forms.get(unit.layer)
         if form is None:
-            form = self._forms[unit.layer] = UnitForm(unit, self.entry, self._base)
+            like = next(iter(self._forms.values()), None)
+            form = self._forms[unit.layer] = UnitForm(unit, self.entry, self._base, like=like)
         return self._repertoire.read_unit(self.entry, unit, self._base, data=data, form=form)
 
     def _read(self, units: Sequence[Unit]) -> list[memoryview]:

@@ -20,7 +20,7 @@ from runtime.model.mixture import Mixture
 from runtime.model.on_demand import OnDemand
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
-from runtime.model.routers import hyper_sizes, make_mixture, router_shapes
+from runtime.model.routers import hyper_sizes, make_mixture, router_bytes, router_shapes
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Generation:
         return tuple(pair for key, pair in units.items() if key in used)
 
     def router_bytes(self, task: str) -> int:
-        """What a task's routers count for in memory: a row of D float32 per (layer, expert) of its visible set."""
-        return max(1, len(self.task_units(task))) * self.manifest.base.width * 4
+        """What a task's routers count for in memory, see `runtime.model.routers.router_bytes`."""
+        return router_bytes(self.manifest, self.manifest.task(task))
 
     def task_units(self, task: str) -> tuple[tuple[ExpertSet, Unit], ...]:
         """Every (layer, expert) that a sequence of this task can touch, in the order in which they should be read.

@@ -16,10 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from runtime.errors import (
     BlobMissingError,
@@ -27,12 +24,10 @@ from runtime.errors import (
     DigestMismatchError,
     GenerationMismatchError,
     InvalidInputError,
-    NonFiniteError,
     NotARepertoireError,
-    TensorMismatchError,
 )
 from runtime.model.durable import OnStep, no_step, write_durably
-from runtime.model.expert import Expert, UnitForm, blob_header, check_header
+from runtime.model.expert import Expert, UnitForm, check_header
 from runtime.model.layout import (
     HEAD,
     blob_name,
@@ -47,6 +42,7 @@ from runtime.model.lease import shared_lease
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit, parse_manifest
 from runtime.model.side_by_side import Allocate, fresh_memory, read_header, read_side_by_side
 from runtime.model.signature import Signer, TrustPolicy
+from runtime.model.small_blob import small_tensors
 
 
 class Repertoire:
@@ -62,6 +58,7 @@ class Repertoire:
 
     def __init__(self, root: Path, *, trust: TrustPolicy | None = None, on_step: OnStep = no_step) -> None:
         self.root = root
+        self._root_name = str(root)
         self.trust = trust
         self._on_step = on_step
         self._checked_headers: set[str] = set()
@@ -178,7 +175,7 @@ class Repertoire:
             BlobMissingError, BlobTruncatedError, TensorMismatchError: as `read_unit`, which checks the rest.
         """
         try:
-            descriptor = os.open(self.blob_path(entry.digest), os.O_RDONLY)
+            descriptor = self._open_blob(entry.digest)
         except FileNotFoundError as error:
             raise BlobMissingError(f"blob {entry.digest} of task {entry.task} is not on disk") from error
         try:
@@ -197,28 +194,17 @@ class Repertoire:
             BlobMissingError, DigestMismatchError, TensorMismatchError, NonFiniteError.
         """
         try:
-            data = self.blob_path(digest).read_bytes()
+            descriptor = self._open_blob(digest)
         except FileNotFoundError as error:
             raise BlobMissingError(f"blob {digest} is not on disk") from error
+        try:
+            data = bytearray(os.fstat(descriptor).st_size)
+            os.preadv(descriptor, [data], 0)
+        finally:
+            os.close(descriptor)
         if hashlib.sha256(data).hexdigest() != digest:
             raise DigestMismatchError(f"blob {digest}: {len(data)} bytes on disk have another digest")
-        try:
-            tensors: dict[str, torch.Tensor] = load(data)
-        except SafetensorError as error:
-            raise TensorMismatchError(f"blob {digest}: not a safetensors file: {error}") from error
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        wanted = {name: (torch.float32, shape) for name, shape in shapes.items()}
-        if found != wanted:
-            names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-            first = names[0]
-            raise TensorMismatchError(f"blob {digest}: {first} is {found.get(first)}, needed is {wanted.get(first)}")
-        values = np.frombuffer(
-            data, dtype=np.float32, offset=blob_header(data)[1]
-        )  # all tensors at once: many are tiny
-        if not np.isfinite(values).all():
-            name = next(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
-            raise NonFiniteError(f"blob {digest}: {name} holds NaN or infinity")
-        return tensors
+        return small_tensors(data, shapes, digest=digest)
 
     # ---- writing
 
@@ -340,10 +326,12 @@ class Repertoire:
             f"{self.root}: generation {generation} {'was collected' if collected else 'is not here'}"
         )
 
+    def _open_blob(self, digest: str) -> int:
+        """A descriptor; without `pathlib`, which would be a good part of the time of a load."""
+        return os.open(os.path.join(self._root_name, blob_name(digest)), os.O_RDONLY)  # noqa: PTH118
+
     def _check_header_once(self, descriptor: int, entry: ExpertSet, base: BaseRef) -> None:
-        with self._lock:
-            if entry.digest in self._checked_headers:
-                return
-        check_header(*read_header(descriptor, entry), entry, base)
-        with self._lock:
-            self._checked_headers.add(entry.digest)
+        with self._lock:  # whoever comes second waits, and saves the work
+            if entry.digest not in self._checked_headers:
+                check_header(read_header(descriptor, entry), entry, base)
+                self._checked_headers.add(entry.digest)

@@ -40,6 +40,12 @@ def router_shapes(manifest: Manifest, task: Task) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def router_bytes(manifest: Manifest, task: Task) -> int:
+    """What a task's routers count for in memory: a row of D float32 per (layer, expert) of its visible set."""
+    rows = sum(len(manifest.expert_set(digest).units) for digest in task.router.all_experts())
+    return max(1, rows) * manifest.base.width * 4
+
+
 def hyper_sizes(manifest: Manifest, task: Task, ref: HyperRef) -> HyperSizes:
     """Sizes of a task's hypernetwork: the experts of a layer are those that its router may choose there."""
     experts = {layer: len(digests) for layer, digests in manifest.visible_layers(task).items()}

@@ -1,0 +1,110 @@
+"""Guesses on arrival: made while the request is on its way already, and never left behind, however late they come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from engines import ask
+from repertoires import Workshop
+
+from runtime.engine.engine import Engine
+from runtime.engine.request import Request, SamplingParams
+from runtime.engine.sequence import Sequence
+from runtime.errors import BlobMissingError
+from runtime.memory.reservation import Prefetch
+from runtime.memory.wanted import VisibleSet
+
+MakeEngine = Callable[..., Engine]
+
+
+class Meanwhile:
+    """An expert memory whose guesses are made while the engine's thread does something to the sequence."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
+        self.guessed: list[str] = []
+        self.withdrawn: list[Prefetch] = []
+
+    def prefetch(self, visible: VisibleSet, *, tenant: str) -> Prefetch:
+        assert tenant == ""
+        self.guessed.append(visible.task)
+        self.act()
+        return Prefetch((), on_cancel=self.withdrawn.append)
+
+
+def sequence_of(engine: Engine, text: str) -> Sequence:
+    """A sequence as `submit` makes it, of which the engine knows nothing."""
+    request = Request(request_id="r", text=text, sampling=SamplingParams(max_tokens=1))
+    return engine._arrival.sequence(request, engine.generation, lambda _event: None)
+
+
+def decide(sequence: Sequence, task: str | None) -> None:
+    sequence.task = task
+    sequence.decided = True
+
+
+@pytest.mark.parametrize(
+    ("act", "withdrawn"),
+    [
+        (lambda _sequence: None, 0),
+        (lambda sequence: decide(sequence, "red"), 0),
+        (lambda sequence: decide(sequence, "green"), 1),
+        (lambda sequence: decide(sequence, None), 1),
+        (lambda sequence: sequence.finish("stop"), 1),
+    ],
+    ids=["nothing", "right", "wrong", "no task", "ended"],
+)
+def test_a_guess_that_comes_too_late_is_withdrawn_by_who_made_it(
+    three_tasks: Workshop,
+    make_engine: MakeEngine,
+    prototypes: dict[str, str],
+    act: Callable[[Sequence], object],
+    withdrawn: int,
+) -> None:
+    engine = make_engine(three_tasks)
+    sequence = sequence_of(engine, prototypes["red"])
+    memory = engine._casting._memory = Meanwhile(lambda: act(sequence))  # type: ignore[assignment]
+    engine._casting.guess(sequence)
+    assert memory.guessed == ["red"]
+    assert len(memory.withdrawn) == withdrawn
+    engine._casting._memory = engine.memory
+
+
+def test_a_sequence_that_is_decided_already_needs_no_guess(
+    three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]
+) -> None:
+    engine = make_engine(three_tasks)
+    sequence = sequence_of(engine, prototypes["red"])
+    decide(sequence, "red")
+    engine._casting.guess(sequence)
+    assert sequence.guess is None
+
+
+def test_a_guess_at_a_task_that_cannot_be_served_harms_no_request(
+    three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]
+) -> None:
+    engine = make_engine(three_tasks)
+    engine.generation.densities.faults["red"] = BlobMissingError("red's router is gone")
+    sequence = sequence_of(engine, prototypes["red"])
+    engine._casting.guess(sequence)
+    assert sequence.guess is None
+    del engine.generation.densities.faults["red"]
+    assert ask(engine, prototypes["red"]).wait().error is None
+
+
+def test_a_guess_is_withdrawn_once_however_many_threads_want_it() -> None:
+    for _ in range(50):
+        calls: list[Prefetch] = []
+        guess = Prefetch((), on_cancel=calls.append)
+        together = threading.Barrier(8)
+
+        def cancel(guess: Prefetch = guess, together: threading.Barrier = together) -> None:
+            together.wait(10)
+            guess.cancel()
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: cancel(), range(8)))
+        assert calls == [guess]
