@@ -1,10 +1,13 @@
 """Ways to mix frozen experts on composite instructions, compared: the figures of benchmarks/results/grouped.json.
 
-Grouped routing (AT-MoE) against a flat softmax with as many parameters, the uniform mean, the best single expert and
-Arrow. All see the same experts, one per intent, trained once; only the first two are trained, on the same composite
-rows, and seeds vary where their routers begin and the order of the rows.
-Read first: `exact` is the share of answers that are right as a whole, `parts` that of their parts, in points. It is
-resumable; what is finished lies in `--work`.
+Grouped routing (AT-MoE) against a flat softmax with as many parameters, weights that are learned per layer and the
+same for every token (`static`), the uniform mean, the best single expert and Arrow. All see the same experts, one per
+intent, trained once; only the first three are trained, on the same composite rows at the same rate, and seeds vary
+where their routers begin and the order of the rows. `told` is no way to mix: every part is answered by its own expert
+alone after the right parts before it, which is what the experts could give.
+Read first: `exact` is the share of answers that are right as a whole, `parts` that of their parts, in points;
+`unseen_exact` and `unseen_parts` are of questions with pairs of intents that met in no training row. It is resumable;
+what is finished lies in `--work`.
 
     python benchmarks/grouped.py --base smollm2 --seeds 0,1,2 --train-rows 480 --test-rows 120
 """
@@ -15,7 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,16 +35,16 @@ from runtime.kernels.routing import top_k_weights
 from runtime.model.attach import MixtureFFN, attached
 from runtime.model.base import BaseModel, load_base, resolve_base
 from runtime.model.expert import Expert
-from runtime.model.prompt import default_template
+from runtime.model.prompt import PromptTemplate, default_template
 from runtime.model.repertoire import Repertoire
 from runtime.model.router_record import Grouping
 from training.answer_book import write_json
 from training.answers import Question, greedy_answers, question
 from training.arrow import arrow_routers
-from training.batches import Row, encode_row
-from training.composite_data import COMPOSITE, GROUPS, INTENTS, parts, write_composite_data
+from training.batches import Row, collate, encode_example
+from training.composite_data import COMPOSITE, GROUPS, INTENTS, UNSEEN_FILE, parts, pieces, write_composite_data
 from training.config import TrainingConfig
-from training.data import read_task_folder
+from training.data import Example, read_examples, read_task_folder
 from training.grouped import GroupedRouting, MakeRouting, frozen_mixture, train_routings
 from training.grow import add_task
 from training.metrics import spread
@@ -49,7 +52,9 @@ from training.precision import base_dtype
 from training.score import normalise
 from training.seeds import seed_for
 
+FIGURES = ("exact", "parts", "unseen_exact", "unseen_parts")
 RESULTS = Path(__file__).parent / "results" / "grouped.json"
+_ASKED_AT_ONCE = 20
 GROUP_OF = {task: group for group, tasks in GROUPS.items() for task in tasks}
 
 
@@ -82,6 +87,18 @@ class ConstantRouting(nn.Module):
         return self.weights.expand(x.shape[0], -1)
 
 
+class StaticRouting(nn.Module):
+    """`softmax(b)`: weights of a layer's experts that are learned, and the same for every token."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(len(labels)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, E]."""
+        return torch.softmax(self.bias, dim=0).expand(x.shape[0], -1)
+
+
 class ArrowRouting(nn.Module):
     """Top-k softmax of |x . v| over the experts' prototypes."""
 
@@ -111,14 +128,17 @@ def experts_of(base: BaseModel, data: Path, config: TrainingConfig, work: Path) 
     }
 
 
-def score(base: BaseModel, ffns: Mapping[int, MixtureFFN], questions: Sequence[Question]) -> dict[str, float]:
-    """Exact answers and right parts, in points."""
-    with attached(base.model, ffns):
-        answers = greedy_answers(base, questions)
-    pairs = list(zip(answers, questions, strict=True))
-    exact = [normalise(answer) == normalise(asked.expected) for answer, asked in pairs]
-    found = [part in parts(answer) for answer, asked in pairs for part in parts(asked.expected)]
-    return {"exact": 100 * statistics.mean(exact), "parts": 100 * statistics.mean(found)}
+def score(base: BaseModel, ffns: Mapping[int, MixtureFFN], asked: Mapping[str, Sequence[Question]]) -> dict[str, float]:
+    """Exact answers and right parts, in points; `asked` holds what stands before their names, and questions."""
+    results = {}
+    for prefix, questions in asked.items():
+        with attached(base.model, ffns):
+            answers = greedy_answers(base, questions)
+        pairs = list(zip(answers, questions, strict=True))
+        exact = [normalise(answer) == normalise(one.expected) for answer, one in pairs]
+        found = [part in parts(answer) for answer, one in pairs for part in parts(one.expected)]
+        results |= {f"{prefix}exact": 100 * statistics.mean(exact), f"{prefix}parts": 100 * statistics.mean(found)}
+    return results
 
 
 @dataclass(frozen=True)
@@ -126,22 +146,28 @@ class Bench:
     """What all methods share."""
 
     base: BaseModel
+    template: PromptTemplate
     sets: Mapping[str, Mapping[int, Expert]]
     rows: Sequence[Row]
-    questions: Sequence[Question]
+    examples: Mapping[str, Sequence[Example]]
+    questions: Mapping[str, Sequence[Question]]
 
     def mixture(self, make: MakeRouting, seed: int) -> dict[int, MixtureFFN]:
         """The experts under routings of their own."""
         return frozen_mixture(self.base, self.sets, GROUP_OF, {}, make, seed=seed)
 
-    def constant(self, weights: Sequence[float]) -> dict[str, float]:
-        """Scores with the same weights for every token."""
-        ffns = self.mixture(lambda _labels, _general, _generator: ConstantRouting(weights), 0)
-        return {**score(self.base, ffns, self.questions), "trained_parameters": 0}
+    def constant(self, weights: Mapping[str, float]) -> dict[int, MixtureFFN]:
+        """The experts under the same weights for every token; those not named have none."""
+        found = [weights.get(task, 0.0) for task in self.sets]
+        return self.mixture(lambda _labels, _general, _generator: ConstantRouting(found), 0)
+
+    def ask(self, ffns: Mapping[int, MixtureFFN]) -> dict[str, float]:
+        """Scores on all questions."""
+        return score(self.base, ffns, self.questions)
 
 
 def trained(bench: Bench, method: str, config: TrainingConfig) -> dict[str, float]:
-    """Train `grouped` or `flat` routers with one seed, and ask."""
+    """Train `grouped`, `flat` or `static` routers with one seed, and ask."""
     width = bench.base.info.width
     grouping = Grouping(
         groups=tuple(GROUP_OF[task] for task in bench.sets),
@@ -157,12 +183,14 @@ def trained(bench: Bench, method: str, config: TrainingConfig) -> dict[str, floa
     def make(labels: Sequence[str], general: bool, generator: torch.Generator) -> nn.Module:
         if method == "flat":
             return FlatRouting(labels, width, generator)
+        if method == "static":
+            return StaticRouting(labels)
         return GroupedRouting(grouping, labels, width, has_general=general, generator=generator)
 
     ffns = bench.mixture(make, config.seed)
     train_routings(bench.base, ffns, bench.rows, name=COMPOSITE, summaries=None, config=config)
     count = sum(p.numel() for ffn in ffns.values() for p in ffn.weigh.parameters())  # type: ignore[union-attr]
-    return {**score(bench.base, ffns, bench.questions), "trained_parameters": count}
+    return {**bench.ask(ffns), "trained_parameters": count}
 
 
 def untrained(bench: Bench) -> dict[str, dict[str, float]]:
@@ -171,11 +199,43 @@ def untrained(bench: Bench) -> dict[str, dict[str, float]]:
     for top_k in (1, 2):
         layers = iter(arrow_routers(bench.sets, bench.base.info.width).values())
         ffns = bench.mixture(lambda _labels, _general, _generator: ArrowRouting(next(layers), top_k), 0)  # noqa: B023
-        results[f"arrow_top_{top_k}"] = {**score(bench.base, ffns, bench.questions), "trained_parameters": 0}
-    results["uniform"] = bench.constant([1 / len(bench.sets)] * len(bench.sets))
-    singles = [bench.constant([float(other == task) for other in bench.sets]) for task in bench.sets]
-    results["best_single"] = max(singles, key=lambda found: found["parts"])
+        results[f"arrow_top_{top_k}"] = bench.ask(ffns)
+    results["uniform"] = bench.ask(bench.constant(dict.fromkeys(bench.sets, 1 / len(bench.sets))))
+    singles = [bench.ask(bench.constant({task: 1.0})) for task in bench.sets]
+    results["best_single"] = max(singles, key=lambda found: found["parts"] + found["unseen_parts"])
+    results["told"] = told(bench)
+    return {name: {**found, "trained_parameters": 0} for name, found in results.items()}
+
+
+@torch.inference_mode()
+def told(bench: Bench) -> dict[str, float]:
+    """What the experts could give: every part by its own expert alone, after the right parts before it.
+
+    A part, with what follows it, is right where every token of it is the likeliest.
+    """
+    results = {}
+    encode = partial(encode_example, bench.base, bench.template, max_tokens=TrainingConfig.max_tokens)
+    for prefix, examples in bench.examples.items():
+        right: list[list[bool]] = [[] for _ in examples]
+        for task in bench.sets:
+            asked = [(i, pieces(example)[task]) for i, example in enumerate(examples) if task in pieces(example)]
+            with attached(bench.base.model, bench.constant({task: 1.0})):
+                hits = all_likeliest(bench.base, [encode(piece) for _, piece in asked])
+                for (i, _), hit in zip(asked, hits, strict=True):
+                    right[i].append(hit)
+        results[f"{prefix}exact"] = 100 * statistics.mean(all(found) for found in right)
+        results[f"{prefix}parts"] = 100 * statistics.mean(hit for found in right for hit in found)
     return results
+
+
+def all_likeliest(base: BaseModel, rows: Sequence[Row]) -> Iterator[bool]:
+    """Whether every token of the row's answer is the likeliest after those before it."""
+    for start in range(0, len(rows), _ASKED_AT_ONCE):
+        chosen = rows[start : start + _ASKED_AT_ONCE]
+        batch = collate(chosen, base.model.device)
+        hidden = base.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        found = base.model.get_output_embeddings()(hidden[batch.predicts]).argmax(1) == batch.targets
+        yield from (bool(part.all()) for part in found.split([len(row.answer) for row in chosen]))
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever JSON holds
@@ -190,7 +250,7 @@ def main(
     base: Annotated[str, typer.Option(help="A known base, or the folder of a local one.")] = "smollm2",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     train_rows: Annotated[int, typer.Option(help="Rows per intent, and of composite instructions.")] = 480,
-    test_rows: Annotated[int, typer.Option(help="Composite questions.")] = 120,
+    test_rows: Annotated[int, typer.Option(help="Composite questions; and as many of unseen combinations.")] = 120,
     epochs: Annotated[int, typer.Option(help="Passes, of experts and of routers.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Upper bound on steps of each training.")] = None,
     router_steps: Annotated[
@@ -209,11 +269,17 @@ def main(
     write_composite_data(data, num_train=train_rows, num_test=test_rows, seed=0)
     config = TrainingConfig(epochs=epochs, max_steps=max_steps, batch_size=batch_size, visible="own")
     composite, template = read_task_folder(data / COMPOSITE), default_template(model)
+    examples = {"": composite.test, "unseen_": read_examples(data / COMPOSITE / UNSEEN_FILE)}
     bench = Bench(
         model,
+        template,
         experts_of(model, data, config, folder / f"experts-{train_rows}-{epochs}-{max_steps}-{batch_size}"),
-        [encode_row(model, template, e.input, e.output, max_tokens=512) for e in composite.train],
-        [question(model, template.encode(model.tokenizer, e.input), e) for e in composite.test],
+        [encode_example(model, template, e, max_tokens=config.max_tokens) for e in composite.train],
+        examples,
+        {
+            prefix: [question(model, template.encode(model.tokenizer, e.input), e) for e in rows]
+            for prefix, rows in examples.items()
+        },
     )
     settings = {"train_rows": train_rows, "test_rows": test_rows, "epochs": epochs, "max_steps": max_steps}
     router_steps = max_steps if router_steps is None else router_steps
@@ -222,7 +288,7 @@ def main(
     results.mkdir(exist_ok=True)
     runs = {name: [found] for name, found in kept(results / "untrained.json", lambda: untrained(bench)).items()}
     chosen = [int(text) for text in seeds.split(",")]
-    for method in ("grouped", "flat"):
+    for method in ("grouped", "flat", "static"):
         for seed in chosen:
             seeded = replace(config, seed=seed, router_learning_rate=router_learning_rate, max_steps=router_steps)
             make = partial(trained, bench, method, seeded)
@@ -230,10 +296,8 @@ def main(
             print(json.dumps({"method": method, "seed": seed, **runs[method][-1]}), flush=True)
     methods = {
         name: {
-            "exact": round(statistics.mean(run["exact"] for run in found), 2),
-            "parts": round(statistics.mean(run["parts"] for run in found), 2),
-            "exact_sd": round(spread([run["exact"] for run in found]), 2),
-            "parts_sd": round(spread([run["parts"] for run in found]), 2),
+            **{key: round(statistics.mean(run[key] for run in found), 2) for key in FIGURES},
+            **{f"{key}_sd": round(spread([run[key] for run in found]), 2) for key in FIGURES},
             "trained_parameters": int(found[0]["trained_parameters"]),
         }
         for name, found in runs.items()

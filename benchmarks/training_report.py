@@ -91,9 +91,12 @@ def growth(result: Result) -> str:
 
 def grouped(result: Result) -> str:
     """Ways to mix the same frozen experts, worst first."""
-    lines = ["| routing | whole answers right | parts right | trained parameters |", "|---|---|---|---|"]
+    lines = [
+        "| routing | whole answers right | parts right | of unseen combinations: whole | parts | trained parameters |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, method in sorted(result["methods"].items(), key=lambda item: item[1]["parts"]):
-        cells = (f"{method[key]:.1f}{_sd(method, key)}" for key in ("exact", "parts"))
+        cells = (f"{method[key]:.1f}{_sd(method, key)}" for key in ("exact", "parts", "unseen_exact", "unseen_parts"))
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} | {method['trained_parameters']:,} |")
     return "\n".join(lines) + f"\n\n{origin(result)}"
 

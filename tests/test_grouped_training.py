@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,16 +29,20 @@ from runtime.model.router_record import Grouping
 from training.batches import encode_row
 from training.compose import compose
 from training.composite_data import (
+    APART,
     COMPOSITE,
     GROUPS,
     INTENTS,
+    UNSEEN_FILE,
     composite_examples,
     intent_examples,
     parts,
+    pieces,
+    shared_examples,
     write_composite_data,
 )
 from training.config import TrainingConfig
-from training.data import Example, TaskData, read_task_folder
+from training.data import Example, TaskData, read_examples, read_task_folder, read_tasks
 from training.grouped import GroupedRouting, frozen_mixture, prompt_summaries, train_routings
 from training.router_options import RouterOptions
 
@@ -286,6 +291,54 @@ def test_rows_follow_from_the_seed_and_none_comes_twice(tmp_path: Path) -> None:
     data = read_task_folder(tmp_path / COMPOSITE)
     assert (*data.test, *data.train) == one[:40]
     assert {path.name for path in tmp_path.iterdir()} == {*INTENTS, COMPOSITE}
+    assert read_examples(tmp_path / COMPOSITE / UNSEEN_FILE) == list(composite_examples(num=10, seed=1, unseen=True))
+
+
+def intents_of(row: Example) -> set[str]:
+    return set(pieces(row))
+
+
+def test_pairs_that_are_kept_apart_meet_in_no_row_that_trains_and_in_every_unseen_question(tmp_path: Path) -> None:
+    write_composite_data(tmp_path, num_train=60, num_test=30, seed=2)
+    tasks = read_tasks(tmp_path)
+    trains = [intents_of(row) for task in tasks for row in task.train]
+    unseen = [intents_of(row) for row in read_examples(tmp_path / COMPOSITE / UNSEEN_FILE)]
+    assert len(trains) > 400
+    assert not any(set(pair) <= intents for intents in trains for pair in APART)
+    assert all(any(set(pair) <= intents for pair in APART) for intents in unseen)
+    met = {frozenset(pair) for intents in trains for pair in itertools.combinations(sorted(intents), 2)}
+    assert len(met) == 12 - len(APART), "every other pair of groups' intents"
+
+
+def test_no_question_is_the_input_of_a_row_that_trains(tmp_path: Path) -> None:
+    write_composite_data(tmp_path, num_train=90, num_test=30, seed=0)
+    tasks = {task.name: task for task in read_tasks(tmp_path)}
+    trains = {row.input for task in tasks.values() for row in task.train}
+    asked = [*tasks[COMPOSITE].test, *read_examples(tmp_path / COMPOSITE / UNSEEN_FILE)]
+    assert not trains & {row.input for row in asked}
+    for task in INTENTS:
+        assert not {row.input for row in tasks[task].train} & {row.input for row in tasks[task].test}
+
+
+@pytest.mark.parametrize("task", INTENTS)
+def test_an_expert_learns_its_own_part_alone_with_what_ends_it(task: str) -> None:
+    places = set()
+    for row in shared_examples(task, num=60, seed=0):
+        assert row.learned is not None
+        begins, _, after = row.output.partition(row.learned)
+        assert row.learned.strip(" ;").startswith(INTENTS[task].begins)
+        assert (row.learned.startswith(" "), row.learned.endswith(";")) == (bool(begins), bool(after))
+        assert not begins or begins.endswith(";")
+        places.add((bool(begins), bool(after)))
+    assert len(places) == 3, "first, in the middle and last"
+
+
+def test_the_rows_of_an_intent_are_a_third_alone_and_else_beside_others(tmp_path: Path) -> None:
+    write_composite_data(tmp_path, num_train=30, num_test=6, seed=0)
+    task = read_task_folder(tmp_path / "onset")
+    assert [len(pieces(row)) for row in task.test] == [1] * 6
+    assert sum(row.learned is None for row in task.train) == 10
+    assert all(len(pieces(row)) > 1 for row in task.train if row.learned is not None)
 
 
 @pytest.mark.parametrize("task", INTENTS)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.errors import BaseMismatchError, InvalidInputError, NonFiniteError
+from runtime.errors import BaseMismatchError, DataError, InvalidInputError, NonFiniteError
 from runtime.model.attach import attached, load_mixture
 from runtime.model.base import BaseModel
 from runtime.model.generation import open_generation
 from runtime.model.manifest import Manifest
 from runtime.model.prompt import PromptTemplate
 from runtime.model.repertoire import Repertoire
-from training.batches import Row, collate, encode_row, shuffled_batches
+from training.batches import Row, collate, encode_example, encode_row, shuffled_batches
 from training.config import TrainingConfig
 from training.data import Example, TaskData
 from training.grow import add_task
@@ -278,6 +278,55 @@ def test_special_tokens_inside_an_example_stay_plain_text(tiny_base: BaseModel) 
     assert row.answer.count(2) == 1
     assert row.answer[-1] == tiny_base.eos_token_ids[0]
     assert tiny_base.tokenizer.decode(row.answer[:-1]) == "<|im_end|>b"
+
+
+LEARNED = Example("what", "one; two; one then", " two;")
+PLAIN = PromptTemplate("<", ">")
+
+
+def test_what_stands_before_the_learned_piece_is_given_and_what_stands_after_it_is_left_out(
+    tiny_base: BaseModel,
+) -> None:
+    row = encode_example(tiny_base, PLAIN, LEARNED, max_tokens=99)
+    decode = tiny_base.tokenizer.decode
+    assert (decode(row.asked), decode(row.prompt), decode(row.answer)) == ("<what>", "<what>one;", " two;")
+    assert encode_example(tiny_base, PLAIN, Example("what", LEARNED.output), max_tokens=99).asked == row.asked
+
+
+def test_the_end_token_is_learned_with_the_last_piece_alone(tiny_base: BaseModel) -> None:
+    last = encode_example(tiny_base, PLAIN, dataclasses.replace(LEARNED, learned=" one then"), max_tokens=99)
+    whole = encode_example(tiny_base, PLAIN, dataclasses.replace(LEARNED, learned=LEARNED.output), max_tokens=99)
+    assert last.answer[-1] == tiny_base.eos_token_ids[0]
+    assert whole == encode_row(tiny_base, PLAIN, LEARNED.input, LEARNED.output, max_tokens=99)
+
+
+@pytest.mark.parametrize(
+    ("learned", "message"),
+    [
+        ("three", r"rows:7: learned='three': must occur exactly once in output='one; two; one then'"),
+        ("one", "must occur exactly once"),
+        (" two; o", "begins or ends within a token"),
+        ("hen", "begins or ends within a token"),
+    ],
+)
+def test_a_learned_piece_that_is_none_is_an_error_with_its_line(
+    tiny_base: BaseModel, learned: str, message: str
+) -> None:
+    example = dataclasses.replace(LEARNED, learned=learned, source="rows", line=7)
+    with pytest.raises(DataError, match=message):
+        encode_example(tiny_base, PLAIN, example, max_tokens=99)
+
+
+def test_a_task_is_located_by_its_prompts_without_what_is_given_of_answers(
+    tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    manifests = []
+    for learned in (None, "1"):
+        rows = tuple(Example("a" * (20 + i), "x1", learned) for i in range(12))
+        manifests.append(add_task(Repertoire(tmp_path / str(learned)), tiny_base, TaskData("a", rows, rows), QUICK))
+    whole, piece = manifests
+    assert whole.task("a").locator == piece.task("a").locator
+    assert whole.experts != piece.experts, "or nothing else was learned"
 
 
 def test_a_pass_gives_every_row_once_in_batches_of_similar_length() -> None:

@@ -36,6 +36,11 @@ def test_rows_are_read_in_order_and_other_fields_are_ignored(tmp_path: Path) -> 
     assert read_text(tmp_path, text) == [Example("in", "out"), Example(" ä\u2028 ", "{}")]
 
 
+def test_a_row_may_say_which_piece_of_its_output_is_learned(tmp_path: Path) -> None:
+    text = '{"input": "in", "output": "a; b", "learned": " b"}\n{"input": "in", "output": "a; b", "learned": null}'
+    assert [row.learned for row in read_text(tmp_path, text)] == [" b", None]
+
+
 def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) -> None:
     row = json.dumps({"input": "a\u2028b\x0bc", "output": "x"}, ensure_ascii=False)
     assert read_text(tmp_path, row) == [Example("a\u2028b\x0bc", "x")]
@@ -52,6 +57,8 @@ def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) 
         ('{"input": "x", "output": null}', "output=None: must be a string"),
         ('{"input": "", "output": "x"}', "input='': must not be empty"),
         ('{"input": "x", "output": " \\t"}', r"output=' \\t': must not be empty"),
+        ('{"input": "x", "output": "y", "learned": 3}', "learned=3: must be a piece of output"),
+        ('{"input": "x", "output": "y", "learned": " "}', "learned=' ': must be a piece of output"),
     ],
 )
 def test_a_bad_row_is_an_error_with_file_line_field_and_value(tmp_path: Path, row: str, problem: str) -> None:

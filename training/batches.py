@@ -24,10 +24,22 @@ _BATCHES_PER_POOL = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One example: the prompt as serving will send it, and the answer with its end token."""
+    """One example.
+
+    Args:
+        prompt: as serving will send it, and behind it the part of the answer that is given.
+        answer: what is learned, with the end token where the answer ends there.
+        given: number of tokens at the end of `prompt` that belong to the answer.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    given: int = 0
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The prompt as serving will send it."""
+        return self.prompt[: len(self.prompt) - self.given]
 
     @property
     def num_tokens(self) -> int:
@@ -66,18 +78,34 @@ def encode_row(base: BaseModel, template: PromptTemplate, text: str, answer: str
 
 
 def encode_example(base: BaseModel, template: PromptTemplate, example: Example, *, max_tokens: int) -> Row:
-    """`encode_row` of an example; errors name the file and the line that it was read from.
+    """`encode_row` of an example, of which only the piece `learned` is learned where it names one.
 
     Raises:
-        DataError: it cannot be used, and was read from a file.
-        InvalidInputError: it cannot be used, and was not.
+        DataError: it cannot be used, and was read from a file; the message names the line.
+        InvalidInputError: it cannot be used, and was not: it is too long, or `learned` does not occur exactly once in
+            `output`, or begins or ends within a token.
     """
     try:
-        return encode_row(base, template, example.input, example.output, max_tokens=max_tokens)
+        row = encode_row(base, template, example.input, example.output, max_tokens=max_tokens)
+        return row if example.learned is None else _learned(base, row, example.output, example.learned)
     except InvalidInputError as error:
         if example.source:
             raise DataError(example.source, example.line, str(error)) from error
         raise
+
+
+def _learned(base: BaseModel, row: Row, output: str, learned: str) -> Row:
+    """The row of one piece of the answer: what stands before it is given, what stands after it is left out."""
+    if output.count(learned) != 1:
+        raise InvalidInputError("learned", learned, f"must occur exactly once in output={output!r}")
+    start = output.index(learned)
+    end = start + len(learned)
+    given, read = (tuple(_PLAIN.encode(base.tokenizer, output[:place])) for place in (start, end))
+    if row.answer[: len(given)] != given or row.answer[: len(read)] != read:
+        raise InvalidInputError("learned", learned, f"begins or ends within a token of output={output!r}")
+    # The end token is learned with the answer's last piece alone.
+    learns = row.answer[len(given) :] if end == len(output) else row.answer[len(given) : len(read)]
+    return Row((*row.prompt, *given), learns, len(given))
 
 
 def collate(rows: Sequence[Row], device: torch.device) -> Batch:

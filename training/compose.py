@@ -18,7 +18,7 @@ from runtime.model.names import check_name
 from runtime.model.repertoire import Repertoire
 from runtime.model.router_record import Group, Grouping
 from runtime.model.signature import Signer
-from training.batches import encode_row
+from training.batches import encode_example
 from training.config import TrainingConfig
 from training.data import TaskData
 from training.grouped import GroupedRouting, frozen_mixture, prompt_summaries, train_routings
@@ -82,10 +82,7 @@ def compose(
         share=options.share,
         general=general,
     )
-    rows = [
-        encode_row(base, ground.template, example.input, example.output, max_tokens=config.max_tokens)
-        for example in data.train
-    ]
+    rows = [encode_example(base, ground.template, example, max_tokens=config.max_tokens) for example in data.train]
     read = partial(_read, repertoire, current)
     ffns = frozen_mixture(
         base,
@@ -98,7 +95,7 @@ def compose(
         seed=seed_for(config.seed, data.name),
     )
     on_phase("training")
-    prompts = [row.prompt for row in rows]
+    prompts = [row.asked for row in rows]
     summaries = prompt_summaries(base, prompts, ground.first_layer) if options.scope == "request" else None
     train_routings(base, ffns, rows, name=data.name, summaries=summaries, config=config, on_progress=on_progress)
     on_phase("locating")

@@ -2,7 +2,7 @@
 
 It does not know tokens, templates or models.
 Read first: a task folder is `<name>/train.jsonl` and `<name>/test.jsonl` with one JSON object per line that has the
-strings `input` and `output`; its folder name is the task's name.
+strings `input` and `output`, and may have `learned`; its folder name is the task's name.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ class Example:
     Args:
         input: what is asked.
         output: what is to be answered.
+        learned: the piece of `output` that a training learns; what stands before it is given, what stands after it is
+            left out. None is all of it. Means nothing where answers are judged.
         source: the file or dataset that it was read from; "" for none.
         line: its line there, from 1.
     """
 
     input: str
     output: str
+    learned: str | None = None
     source: str = dataclass_field(default="", compare=False)
     line: int = dataclass_field(default=0, compare=False)
 
@@ -49,7 +52,7 @@ class TaskData:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read one JSONL file; blank lines are skipped and fields other than `input` and `output` ignored.
+    """Read one JSONL file; blank lines are skipped and fields that `Example` does not have ignored.
 
     Raises:
         DataError: the file is missing, not UTF-8 or has no rows, or a line is not JSON, lacks a field, or has one that
@@ -160,7 +163,10 @@ def _example(
         if not value.strip():
             raise DataError(source, number, f"{field}={_short(value)}: must not be empty")
         texts.append(value)
-    return Example(texts[0], texts[1], source=source, line=number)
+    learned = row.get("learned")
+    if learned is not None and (not isinstance(learned, str) or not learned.strip()):
+        raise DataError(source, number, f"learned={_short(learned)}: must be a piece of {output_field}")
+    return Example(texts[0], texts[1], learned, source=source, line=number)
 
 
 def _short(value: object) -> str:

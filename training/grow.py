@@ -103,7 +103,7 @@ def add_task(
     visible = [entry.digest for entry in older_sets]
     new = NewTask(
         name=task.name,
-        prompts=[row.prompt for row in rows],
+        prompts=[row.asked for row in rows],
         experts=(own[1], own[0]) if own else None,
         router={router_tensor_name(layer): weight for layer, weight in trained.routers.items()},
         kind="top_k",

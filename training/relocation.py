@@ -38,7 +38,7 @@ class Relocation:
             ground = stand_on(self._repertoire, self._base, subject.name, self._config)
             task = NewTask(
                 name=subject.name,
-                prompts=[row.prompt for row in subject.rows],
+                prompts=[row.asked for row in subject.rows],
                 experts=None,
                 router={},
                 kind="top_k",

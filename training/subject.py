@@ -15,7 +15,7 @@ from runtime.errors import InvalidInputError
 from runtime.model.base import BaseModel
 from runtime.model.prompt import default_template
 from training.answers import Question, question
-from training.batches import Row, encode_row
+from training.batches import Row, encode_example
 from training.config import TrainingConfig
 from training.data import TEST_FILE, Example, TaskData, read_examples, read_task_folder
 from training.seeds import seed_for
@@ -60,7 +60,7 @@ def read_subject(base: BaseModel, folder: Path, *, train_rows: int, test_rows: i
         _drawn(found.test, test_rows, seed_for(0, found.name, "questions")),
     )
     template = default_template(base)
-    rows = [encode_row(base, template, row.input, row.output, max_tokens=config.max_tokens) for row in data.train]
+    rows = [encode_example(base, template, row, max_tokens=config.max_tokens) for row in data.train]
     asked = [question(base, template.encode(base.tokenizer, row.input), row) for row in data.test]
     return Subject(data, tuple(rows), tuple(asked))
 
