@@ -311,11 +311,13 @@ def test_pairs_that_are_kept_apart_meet_in_no_row_that_trains_and_in_every_unsee
 
 
 def test_no_question_is_the_input_of_a_row_that_trains(tmp_path: Path) -> None:
-    write_composite_data(tmp_path, num_train=90, num_test=30, seed=0)
+    write_composite_data(tmp_path, num_train=300, num_test=400, seed=0)
     tasks = {task.name: task for task in read_tasks(tmp_path)}
     trains = {row.input for task in tasks.values() for row in task.train}
     asked = [*tasks[COMPOSITE].test, *read_examples(tmp_path / COMPOSITE / UNSEEN_FILE)]
     assert not trains & {row.input for row in asked}
+    drawn = {row.input for task in INTENTS for row in shared_examples(task, num=200, seed=0)}
+    assert drawn & {row.input for row in asked}, "or this test would not see it"
     for task in INTENTS:
         assert not {row.input for row in tasks[task].train} & {row.input for row in tasks[task].test}
 
@@ -337,7 +339,7 @@ def test_the_rows_of_an_intent_are_a_third_alone_and_else_beside_others(tmp_path
     write_composite_data(tmp_path, num_train=30, num_test=6, seed=0)
     task = read_task_folder(tmp_path / "onset")
     assert [len(pieces(row)) for row in task.test] == [1] * 6
-    assert sum(row.learned is None for row in task.train) == 10
+    assert (len(task.train), sum(row.learned is None for row in task.train)) == (30, 10)
     assert all(len(pieces(row)) > 1 for row in task.train if row.learned is not None)
 
 
