@@ -25,7 +25,7 @@ from training.data import Example, read_tasks
 from training.demo_data import DEMO_TASKS, INTENTS, NUM_TEST, NUM_TRAIN, demo_examples, write_demo_data
 from training.reference_prompts import reference_kinds, reference_prompts
 
-REFERENCE_SHA256 = "840bb97f517589bcfa8858c901f6801385fa103e187bf870836d87065b60c07a"
+REFERENCE_SHA256 = "155292f76dce2bfd064e9f7e3708fee19a7f527f4cd8356bcffb11ab73a099c1"
 MONTHS = tuple(month[:3].lower() for month in calendar.month_name[1:])
 WORDS = (
     "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,39 @@ def test_no_more_prompts_of_the_task_are_given_up_than_allowed_where_others_look
     inside = torch.arange(101.0)
     assert calibrate(inside, torch.full((20,), 2.0), false_abstain=0.05).threshold == pytest.approx(95.0)
     assert calibrate(inside, torch.full((20,), 2.0), false_abstain=0.0).threshold == pytest.approx(100.0)
+
+
+def test_of_a_task_near_to_everything_as_many_prompts_are_refused_as_are_allowed() -> None:
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.randn(3600, 64, generator=generator)
+    reference, own, fresh = drawn[:300], drawn[300:400] + 0.2, drawn[400:] + 0.2
+    frame = make_frame(reference, seed=0, density="low_rank")
+    background = make_background(frame, reference, unit_length=True)
+    config = replace(CONFIG, locator_false_abstain=0.1)
+    fitted = fit_entry(
+        frame, own, reference, config, density="low_rank", seed=3, background=background, unit_length=True
+    )
+    record = LocatorEntry(digest="0" * 64, **vars(fitted.calibration))
+    locator = Locator(
+        frame,
+        [("own", fitted.tensors, record)],
+        score="raw",
+        density="low_rank",
+        background=background,
+        unit_length=True,
+    )
+    refused = [decision.task for decision in locator.locate(fresh)].count(None) / len(fresh)
+    assert refused == pytest.approx(0.1, abs=0.03)
+
+
+def test_every_prompt_of_a_handful_is_held_out_once() -> None:
+    reference = torch.randn(60, 64, generator=torch.Generator().manual_seed(4))
+    frame = make_frame(reference, seed=0, density="gaussian")
+    own = torch.randn(9, 64, generator=torch.Generator().manual_seed(5))
+    found = fit_entry(frame, own, reference, CONFIG, density="gaussian", seed=3).calibration
+    seen = project(frame, own)
+    alone = [float((row - torch.cat([seen[:i], seen[i + 1 :]]).mean(0)).square().mean()) for i, row in enumerate(seen)]
+    assert found.mean == pytest.approx(sum(alone) / 9, rel=1e-3)
 
 
 def test_too_few_examples_for_a_density_are_refused_by_number() -> None:

@@ -76,7 +76,8 @@ class TrainingConfig:
         locator_feature: what a new repertoire sees of prompts: "embedding", "layer:N" (mean over the prompt of what
             enters decoder layer N), "parts" (that of FIRST_LAYER, of its last tokens, and "embedding": ours) or "last"
             (the last token after the last layer: paper); None is "parts", with VAEs "layer:FIRST_LAYER".
-        locator_false_abstain: share of a task's own prompts that its threshold may refuse.
+        locator_false_abstain: share of a task's own prompts that its threshold may refuse; of a task that lies far from
+            everything else it refuses fewer.
 
     Raises:
         InvalidInputError: a value is out of range; the message names field and value.
@@ -121,7 +122,7 @@ class TrainingConfig:
     locator_score: LocatorScore = "raw"
     locator_density: LocatorDensity = "low_rank"
     locator_feature: str | None = None
-    locator_false_abstain: float = 0.05
+    locator_false_abstain: float = 0.06
 
     def __post_init__(self) -> None:
         for field in (
