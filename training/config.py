@@ -122,7 +122,7 @@ class TrainingConfig:
     locator_score: LocatorScore = "raw"
     locator_density: LocatorDensity = "low_rank"
     locator_feature: str | None = None
-    locator_false_abstain: float = 0.06
+    locator_false_abstain: float = 0.055
 
     def __post_init__(self) -> None:
         for field in (

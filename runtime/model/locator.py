@@ -26,7 +26,6 @@ from runtime.model.density import (
     negative_elbo,
     pack,
     raw_error,
-    squared_distance,
     views,
 )
 from runtime.model.manifest import Density, Feature, LocatorEntry, Score
@@ -154,6 +153,7 @@ class Locator:
         self._rows = narrowest(pack(density, [weights for _, weights, _ in entries])) if entries else torch.zeros(0, 0)
         self._few = self.stacked if len(entries) <= nearest else {}
         self.prototypes = self._prototypes([weights for _, weights, _ in entries])  # [N, P]
+        self._squares = self.prototypes.square().sum(1)  # [N]
 
     def scored_by(self, score: Score) -> Locator:
         """The same densities, compared in another way; shares their memory."""
@@ -186,8 +186,7 @@ class Locator:
 
     def candidates(self, features: torch.Tensor) -> torch.Tensor:
         """The tasks that are asked: [B, D] -> [B, M] indices, `M = min(N, nearest)`, nearest prototype first."""
-        distances = squared_distance(self.prototypes, self.project(features))
-        return distances.topk(min(self.nearest, len(self.tasks)), dim=1, largest=False).indices
+        return self._nearest(self.project(features))
 
     def locate(self, features: torch.Tensor) -> list[Decision]:
         """Decide for every row of [B, D]; abstain where the best task's raw error is above its threshold."""
@@ -199,12 +198,17 @@ class Locator:
             scores, errors = self._ask(self._few or self.stacked, projected, everything)
             return [self._decide(row, raw, everything) for row, raw in zip(scores, errors, strict=True)]
         decisions = []
-        for row, asked in zip(projected, self.candidates(features), strict=True):
+        for row, asked in zip(projected, self._nearest(projected), strict=True):
             scores, errors = self._ask(
                 views(self.density, self._rows.index_select(0, asked).float(), self.width), row.unsqueeze(0), asked
             )
             decisions.append(self._decide(scores[0], errors[0], asked))
         return decisions
+
+    def _nearest(self, projected: torch.Tensor) -> torch.Tensor:
+        """`candidates` of projected features; the length of F is the same to all, so distances leave it out."""
+        distances = torch.addmm(self._squares, projected, self.prototypes.t(), alpha=-2)
+        return distances.topk(min(self.nearest, len(self.tasks)), dim=1, largest=False).indices
 
     def _ask(self, weights: Weights, projected: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and raw errors [B, M] of the tasks `asked`, whose tensors are `weights`."""
