@@ -1,4 +1,4 @@
-"""The tables of docs/RESULTS.md, out of benchmarks/results/{continual,locator_unseen,grouped,hyper}.json.
+"""The tables of docs/RESULTS.md, out of benchmarks/results/{continual,locator_unseen,locator,grouped,hyper}.json.
 
 It measures nothing and draws nothing.
 Read first: a part of the document lies between `<!-- name -->` and `<!-- /name -->`; this writes all of them anew.
@@ -75,6 +75,20 @@ def unseen(result: Result) -> str:
     return "\n".join(lines) + f"\n\n{told}\n\n```bash\n{result['command']}\n```"
 
 
+def many(result: Result) -> str:
+    """What one decision costs among many tasks, and how often it is right."""
+    lines = [
+        "| tasks | density | ms per decision | ms without the pre-filter | MB | MB touched | located right, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = f"{row['ms_per_decision']:.2f} | {row['ms_per_decision_without_prefilter']:.1f}"
+        sizes = f"{row['megabytes']:.0f} | {row['megabytes_touched']:.1f}"
+        right = f"{100 * row['located_right']:.0f}"
+        lines.append(f"| {row['num_tasks']:,} | {row['density']} | {times} | {sizes} | {right} |")
+    return "\n".join(lines) + f"\n\n```bash\n{result['command']}\n```"
+
+
 def growth(result: Result) -> str:
     """Where PGKE put experts, of the first seed, and what that cost."""
     lines = ["| task | layers with a new expert | parameters, % of an expert everywhere |", "|---|---|---|"]
@@ -120,6 +134,7 @@ PARTS: Mapping[str, tuple[str, Callable[[Result], str]]] = MappingProxyType(
         "continual": ("continual.json", continual),
         "locator": ("continual.json", locator),
         "unseen": ("locator_unseen.json", unseen),
+        "many": ("locator.json", many),
         "growth": ("continual.json", growth),
         "grouped": ("grouped.json", grouped),
         "hyper": ("hyper.json", hyper),
