@@ -22,8 +22,12 @@ def table(results: Mapping[str, Any]) -> str:
     """Rows of figure, value and goal."""
     few, many = results["startup"]["few"], results["startup"]["many"]
 
+    def one(name: str) -> str:
+        low, high = results[f"{name}_interval"]
+        return f"{results[name]:.2f} ({low:.2f} to {high:.2f})"
+
     def two(name: str) -> str:
-        return " and ".join(f"{results[f'{name}_{pages}_pages']:.2f}" for pages in ("warm", "cold"))
+        return " and ".join(one(f"{name}_{pages}_pages") for pages in ("warm", "cold"))
 
     def churn(disk: str) -> str:
         return f"{results[f'p99_ttft_prefetch_over_off{disk}']:.2f}"
@@ -47,6 +51,7 @@ def table(results: Mapping[str, Any]) -> str:
             two("cold_over_warm_ttft_prefetch"),
             "1.05 or less",
         ),
+        ("the same with guesses, into memory that was never used", one("cold_over_warm_ttft_prefetch_growing"), ""),
         ("the same without guesses", two("cold_over_warm_ttft_off"), ""),
         ("the same of a short prompt, with guesses", two("cold_over_warm_ttft_short_prompt_prefetch"), ""),
         ("`p99_ttft_prefetch_over_off` in churn, this machine's disk", churn(""), "0.75 or less"),
