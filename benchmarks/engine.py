@@ -5,7 +5,7 @@ Read first: run it on a quiet machine; rows are medians over rounds in which eve
 W6 and W7 run in processes of their own, for ours as for peers, so the peak memory of a row is that of its process up to
 there: its start and the smaller workloads of the same kind. The floor of a decode
 step is what must be read over the bandwidth, or what must be multiplied over the peak, whichever is longer; both
-limits are measured in the same run.
+limits are measured at the beginning of each run, and are medians where several runs add up.
 
     python benchmarks/engine.py                          # ours alone
     PEERS_ROOT=... python benchmarks/engine.py --peers FOLDER
@@ -152,17 +152,22 @@ def peers_round(options: argparse.Namespace, samples: Samples) -> None:
             _show(peer.system, peer.dtype, row["workload"], row)
 
 
-def rounds(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows of all systems, medians over the rounds; and how long our engines took to start."""
+def rounds(
+    options: argparse.Namespace, limits: dict[str, float]
+) -> tuple[list[dict[str, Any]], dict[str, float], list[dict[str, float]]]:
+    """Rows of all systems, medians over the rounds; how long our engines took to start; and each run's limits."""
     samples: Samples = defaultdict(list)
     starts: dict[str, float] = {}
     kept = options.folder / "rounds.json"
     checked: dict[str, dict[str, int]] = {}
+    tries: list[dict[str, float]] = []
     if options.more and kept.is_file():
         earlier = json.loads(kept.read_text(encoding="utf-8"))
-        checked, starts = earlier["checked"], earlier.get("starts", {})
+        checked, starts, tries = earlier["checked"], earlier["starts"], earlier["limits"]
         for *key, found in earlier["rounds"]:
             samples[key[0], key[1], key[2], key[3]] = found
+    if options.repeats or not tries:
+        tries.append(limits)
     for weights in options.weights:
         checked[weights] = checked.get(weights) or check_tokens(weights, options)
     for _ in range(options.repeats):
@@ -170,7 +175,8 @@ def rounds(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str,
             starts[weights] = our_round(weights, options, samples)
         if options.peers:
             peers_round(options, samples)
-        done = {"checked": checked, "starts": starts, "rounds": [[*key, found] for key, found in samples.items()]}
+        found_all = [[*key, found] for key, found in samples.items()]
+        done = {"checked": checked, "starts": starts, "limits": tries, "rounds": found_all}
         kept.write_text(json.dumps(done), encoding="utf-8")
     rows = []
     for (system, dtype, bits, workload), found in samples.items():
@@ -181,7 +187,7 @@ def rounds(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str,
         row["spread"] = [round(each["tokens_per_s"], 1) for each in found]
         row["tokens_checked"] = checked.get(dtype, {}).get(workload) if system == "greenroom" else None
         rows.append(row)
-    return rows, starts
+    return rows, starts, tries
 
 
 def _show(system: str, dtype: str, workload: str, row: dict[str, float]) -> None:
@@ -251,9 +257,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     started = time.perf_counter()
-    limits = measure_limits(options.threads)
+    rows, starts, tries = rounds(options, measure_limits(options.threads))
+    limits = {name: statistics.median(each[name] for each in tries) for name in tries[0]}
     print(json.dumps(limits), flush=True)
-    rows, starts = rounds(options)
     floors = {
         weights: {name: floor_s(name, weights, limits) for name in options.workloads if name in BATCH}
         for weights in options.weights
@@ -275,6 +281,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started),
         "bandwidth_gb_s": limits["bandwidth_gb_s"],
         "limits": limits,
+        "bandwidth_spread": sorted(each["bandwidth_gb_s"] for each in tries),
         "start_s": starts,
         "floor": floors,
         "int8_profile_ms_per_step": profiles,
