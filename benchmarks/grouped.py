@@ -166,11 +166,10 @@ class Bench:
         return score(self.base, ffns, self.questions)
 
 
-def trained(bench: Bench, method: str, config: TrainingConfig) -> dict[str, float]:
-    """Train `grouped`, `flat` or `static` routers with one seed, and ask."""
-    width = bench.base.info.width
-    grouping = Grouping(
-        groups=tuple(GROUP_OF[task] for task in bench.sets),
+def grouping_of(groups: Sequence[str]) -> Grouping:
+    """Weights by group for every token, at the usual temperatures, with no group left out and no general expert."""
+    return Grouping(
+        groups=tuple(groups),
         scope="token",
         within="input",
         tau_group=1.0,
@@ -179,6 +178,12 @@ def trained(bench: Bench, method: str, config: TrainingConfig) -> dict[str, floa
         share=1.0,
         general=None,
     )
+
+
+def trained(bench: Bench, method: str, config: TrainingConfig) -> dict[str, float]:
+    """Train `grouped`, `flat` or `static` routers with one seed, and ask."""
+    width = bench.base.info.width
+    grouping = grouping_of([GROUP_OF[task] for task in bench.sets])
 
     def make(labels: Sequence[str], general: bool, generator: torch.Generator) -> nn.Module:
         if method == "flat":

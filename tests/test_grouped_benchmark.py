@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from runtime.model.base import BaseModel
-from runtime.model.router_record import Grouping
 from training.batches import Row
 from training.composite_data import INTENTS
 from training.grouped import GroupedRouting
@@ -23,19 +22,9 @@ LABELS = ("function", "function", "domain", "domain", "style", "style")
 
 
 def test_a_flat_softmax_has_the_parameters_of_a_grouped_router_and_one_level() -> None:
-    grouping = Grouping(
-        groups=LABELS,
-        scope="token",
-        within="input",
-        tau_group=1.0,
-        tau_expert=1.0,
-        epsilon=0.0,
-        share=1.0,
-        general=None,
-    )
     generator = torch.Generator().manual_seed(0)
     flat = grouped.FlatRouting(LABELS, 8, generator)
-    levels = GroupedRouting(grouping, LABELS, 8, has_general=False, generator=generator)
+    levels = GroupedRouting(grouped.grouping_of(LABELS), LABELS, 8, has_general=False, generator=generator)
     sizes = [sorted(parameter.shape for parameter in routing.parameters()) for routing in (flat, levels)]
     assert sizes[0] == sizes[1]
     x = torch.randn(5, 8, generator=generator)

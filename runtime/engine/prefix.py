@@ -142,23 +142,21 @@ class PrefixCache:
         return found
 
     def _fill(self, sequence: Sequence, layers: slice, found: list[_Block]) -> None:
-        assert sequence.slot is not None, "a running sequence holds a slot"
         for place, block in enumerate(found):
             tokens = slice(place * BLOCK, (place + 1) * BLOCK)
-            self._cache.keys[layers, sequence.slot, :, tokens] = block.keys
-            self._cache.values[layers, sequence.slot, :, tokens] = block.values
+            self._cache.keys[layers, sequence.held_slot, :, tokens] = block.keys
+            self._cache.values[layers, sequence.held_slot, :, tokens] = block.values
 
     def _keep(self, sequence: Sequence, root: str, layers: slice, residual: torch.Tensor | None) -> None:
         if not self._serves(sequence):
             return
-        assert sequence.slot is not None, "a running sequence holds a slot"
         keys = _keys(root, sequence.prompt, len(sequence.prompt))
         for place, key in enumerate(keys):
             if key not in self._blocks:
                 tokens = slice(place * BLOCK, (place + 1) * BLOCK)
                 block = self._blocks[key] = _Block(
-                    self._cache.keys[layers, sequence.slot, :, tokens].clone(),
-                    self._cache.values[layers, sequence.slot, :, tokens].clone(),
+                    self._cache.keys[layers, sequence.held_slot, :, tokens].clone(),
+                    self._cache.values[layers, sequence.held_slot, :, tokens].clone(),
                     None if residual is None else residual[tokens].clone(),
                 )
                 self.num_bytes += block.num_bytes

@@ -97,8 +97,7 @@ class Speaking:
         return sequence.choices
 
     def _split(self, leader: Sequence, choice: Sequence) -> None:
-        assert choice.slot is not None, "choices get their slots together"
-        self._cache.copy(leader.held_slot, choice.slot, len(leader.prompt))
+        self._cache.copy(leader.held_slot, choice.held_slot, len(leader.prompt))
         choice.phase = Phase.DECODING
         self._casting.share(leader, choice)
         self._join(choice)

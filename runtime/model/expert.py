@@ -156,16 +156,12 @@ def _unit(blob: bytes, layer: int, expert: Expert) -> Unit:
 
 def blob_header(blob: bytes | bytearray) -> tuple[dict[str, dict[str, list[int]]], int]:
     """Return the tensor entries of a safetensors blob and the offset at which tensor data begin."""
-    length = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + length])
-    header.pop("__metadata__", None)
-    return header, 8 + length
+    start = 8 + int.from_bytes(blob[:8], "little")
+    return _entries(blob[8:start]), start
 
 
 def check_header(header: bytes, entry: ExpertSet, base: BaseRef) -> None:
     """Check that a blob holds exactly the tensors that its manifest entry declares, where it declares them.
-
-    What safetensors writes is known to the letter, so mostly comparing text will do; else it is parsed.
 
     Args:
         header: the JSON of the blob.
@@ -175,8 +171,12 @@ def check_header(header: bytes, entry: ExpertSet, base: BaseRef) -> None:
     Raises:
         TensorMismatchError: it is no JSON, or a tensor is missing, unexpected, or of another dtype, shape or place.
     """
-    data_start = 8 + len(header)
-    expected: dict[str, tuple[tuple[int, int], int, int]] = {}
+    try:
+        tensors = _entries(header)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TensorMismatchError(f"blob {entry.digest}: the header is not JSON") from error
+    data_start, size = 8 + len(header), DTYPES[entry.dtype].itemsize
+    expected: dict[str, dict[str, object]] = {}
     shapes: dict[object, dict[str, tuple[int, int]]] = {}  # layers mostly have the same ranks
     for unit in entry.units:
         ranks = tuple(unit.ranks.items())
@@ -184,33 +184,27 @@ def check_header(header: bytes, entry: ExpertSet, base: BaseRef) -> None:
             shapes[ranks] = unit_tensors(unit.ranks, base, entry.layout)
         position = unit.offset - data_start
         for name, shape in shapes[ranks].items():
-            end = position + shape[0] * shape[1] * DTYPES[entry.dtype].itemsize
-            expected[f"layer.{unit.layer:04d}.{name}"] = shape, position, end
+            end = position + math.prod(shape) * size
+            expected[f"layer.{unit.layer:04d}.{name}"] = {
+                "dtype": _SAFETENSORS_DTYPES[entry.dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
             position = end
         if position != unit.offset - data_start + unit.bytes:
             raise TensorMismatchError(f"expert set {entry.digest}: layer {unit.layer} declares {unit.bytes} bytes")
-    dtype = _SAFETENSORS_DTYPES[entry.dtype]
-    text = ",".join(
-        f'"{name}":{{"dtype":"{dtype}","shape":[{shape[0]},{shape[1]}],"data_offsets":[{begin},{end}]}}'
-        for name, (shape, begin, end) in expected.items()
-    )
-    try:
-        before, found, after = header.decode().partition(text)
-        if found and not after.strip("} ") and json.loads(before.rstrip(",") + "}").keys() <= {"__metadata__"}:
-            return
-        tensors = json.loads(header)
-        tensors.pop("__metadata__", None)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise TensorMismatchError(f"blob {entry.digest}: the header is not JSON") from error
     for name in sorted(expected.keys() | tensors.keys()):
-        declared = None
-        if name in expected:
-            shape, *place = expected[name]
-            declared = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
-        if tensors.get(name) != declared:
+        if tensors.get(name) != expected.get(name):
             raise TensorMismatchError(
-                f"expert set {entry.digest}: {name} is {tensors.get(name)}, the manifest says {declared}"
+                f"expert set {entry.digest}: {name} is {tensors.get(name)}, the manifest says {expected.get(name)}"
             )
+
+
+def _entries(header: bytes | bytearray) -> dict[str, dict[str, list[int]]]:
+    """The tensors in the JSON of a safetensors header."""
+    tensors: dict[str, dict[str, list[int]]] = json.loads(header)
+    tensors.pop("__metadata__", None)
+    return tensors
 
 
 def all_finite(numbers: torch.Tensor) -> bool:
