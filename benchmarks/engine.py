@@ -146,6 +146,8 @@ def check_tokens(weights: str, options: argparse.Namespace) -> dict[str, int]:
 def peers_round(options: argparse.Namespace, samples: Samples) -> None:
     """The turns of the peers."""
     for peer in PEERS:
+        if options.only and peer.system not in options.only:
+            continue
         root = Path(os.environ["PEERS_ROOT"])
         for row in run_peer(peer, options.peers, root, workloads=options.workloads, threads=options.threads):
             samples[peer.system, peer.dtype, peer.weight_bits, row["workload"]].append(row)
@@ -171,7 +173,7 @@ def rounds(
     for weights in options.weights:
         checked[weights] = checked.get(weights) or check_tokens(weights, options)
     for _ in range(options.repeats):
-        for weights in options.weights:
+        for weights in options.weights if not options.only or "greenroom" in options.only else ():
             starts[weights] = our_round(weights, options, samples)
         if options.peers:
             peers_round(options, samples)
@@ -251,6 +253,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workloads", type=lambda text: tuple(text.split(",")), default=WORKLOADS)
     parser.add_argument("--weights", type=lambda text: tuple(text.split(",")), default=OURS)
+    parser.add_argument("--only", type=lambda text: tuple(text.split(",")), default=(), help="systems that take turns")
     parser.add_argument("--more", action="store_true", help="add to the rounds of an earlier run in the same folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=Path("build/engine"))

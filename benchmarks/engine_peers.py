@@ -47,6 +47,8 @@ PEERS = (
     Peer("llama.cpp", "q4_0", 4, ("{root}/a/bin/python", "peer_c_llamacpp.py"), BASE),
     Peer("openvino-genai", "int8", 8, ("{root}/e/bin/python", "peer_e_openvino.py"), SINGLE),
     Peer("openvino-genai", "int8", 8, ("{root}/e/bin/python", "peer_e_openvino.py"), BASE),
+    Peer("onnxruntime-genai", "int4", 4, ("{root}/d/bin/python", "peer_d_ortgenai.py"), SINGLE),
+    Peer("onnxruntime-genai", "int4", 4, ("{root}/d/bin/python", "peer_d_ortgenai.py"), BASE),
     Peer("peft", "bf16", 16, ("{root}/a/bin/python", "peer_a_peft.py", "--mode", "mixed"), ("W3", "W4")),
     Peer("peft-arrow", "bf16", 16, ("{root}/a/bin/python", "peer_g_mixture.py", "--mode", "arrow"), ("M8",)),
 )
