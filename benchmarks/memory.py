@@ -42,6 +42,7 @@ from runtime.engine.options import EngineOptions
 from runtime.engine.request import Event, Failed, Finished, Request, SamplingParams
 from runtime.engine.step_model import make_step_model
 from runtime.engine.step_protocol import StepModel
+from runtime.kernels.inspection import Inspected, Inspector
 from runtime.memory.memory import ExpertMemory
 from runtime.memory.visible import VisibleSets
 from runtime.model.base import BaseModel, load_base, resolve_base
@@ -344,13 +345,19 @@ class SlowDisk(Repertoire):
         self._bytes_per_s = bytes_per_s
         self._disk = threading.Lock()
 
-    def read_bytes(
-        self, entry: ExpertSet, units: Sequence[Unit], base: BaseRef, *, allocate: Allocate = fresh_memory
-    ) -> list[memoryview]:
-        """As `Repertoire.read_bytes`; one read at a time."""
+    def read_units(
+        self,
+        entry: ExpertSet,
+        units: Sequence[Unit],
+        base: BaseRef,
+        *,
+        allocate: Allocate = fresh_memory,
+        inspector: Inspector | None = None,
+    ) -> list[Inspected]:
+        """As `Repertoire.read_units`; one read at a time."""
         with self._disk:
             time.sleep(sum(unit.bytes for unit in units) / self._bytes_per_s)
-        return super().read_bytes(entry, units, base, allocate=allocate)
+        return super().read_units(entry, units, base, allocate=allocate, inspector=inspector)
 
 
 def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) -> dict[str, float]:

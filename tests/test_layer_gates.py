@@ -15,6 +15,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.kv import KVCache
 from runtime.engine.llama import LlamaModel, MixtureRows
 from runtime.errors import DigestMismatchError
+from runtime.kernels.inspection import Inspected
 from runtime.model.expert import Expert, UnitForm
 from runtime.model.manifest import BaseRef, ExpertSet, Unit
 from runtime.model.repertoire import Repertoire
@@ -38,7 +39,7 @@ class GatedRepertoire(Repertoire):
         unit: Unit,
         base: BaseRef,
         *,
-        data: memoryview | None = None,
+        data: Inspected | None = None,
         form: UnitForm | None = None,
     ) -> Expert:
         if (entry.task, unit.layer) == self.slow:

@@ -28,9 +28,10 @@ from runtime.errors import (
     TensorMismatchError,
     UnknownSchemaError,
 )
+from runtime.kernels.inspection import Inspector
 from runtime.model.attach import fresh_expert
 from runtime.model.base import BaseModel
-from runtime.model.expert import DTYPES, UnitForm, check_header, pack_expert_set, unit_tensors
+from runtime.model.expert import DTYPES, check_header, pack_expert_set, unit_tensors
 from runtime.model.generation import base_ref, check_base, open_generation
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
@@ -71,8 +72,8 @@ def test_units_that_are_read_together_have_the_bytes_that_each_has_alone(
     path.parent.mkdir(parents=True)
     path.write_bytes(blob)
     units = [entry.units[n] for n in picked]
-    found = workshop.repertoire.read_bytes(entry, units, base)
-    assert [bytes(data) for data in found] == [blob[unit.offset : unit.offset + unit.bytes] for unit in units]
+    found = workshop.repertoire.read_units(entry, units, base)
+    assert [bytes(each.data) for each in found] == [blob[unit.offset : unit.offset + unit.bytes] for unit in units]
 
 
 def test_one_expert_is_one_contiguous_read_and_comes_back_as_it_was(workshop: Workshop) -> None:
@@ -248,10 +249,13 @@ def test_one_number_that_is_none_is_found_in_every_dtype_wherever_it_stands(
     blob, entry = pack_expert_set({2: expert}, task="red", dtype=dtype, base=manifest.base)
     unit = entry.units[0]
     data = memoryview(bytearray(blob[unit.offset : unit.offset + unit.bytes]))
-    assert UnitForm(unit, entry, manifest.base).expert(data).updates["gate"].a.isfinite().all()
+    (whole,) = Inspector().look([data], DTYPES[dtype])
+    read = published.repertoire.read_unit(entry, unit, manifest.base, data=whole)
+    assert read.updates["gate"].a.isfinite().all()
     torch.frombuffer(data, dtype=DTYPES[dtype])[-1] = value
+    (bad,) = Inspector().look([data], DTYPES[dtype])
     with pytest.raises(NonFiniteError, match="layer 2"):
-        UnitForm(unit, entry, manifest.base).expert(data)
+        published.repertoire.read_unit(entry, unit.model_copy(update={"sha256": bad.sha256}), manifest.base, data=bad)
 
 
 @pytest.mark.parametrize(

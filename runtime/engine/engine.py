@@ -79,7 +79,9 @@ class Engine:
         capture: Capture | None = None,
     ) -> None:
         self.memory = make_memory(options, device=model.device, dtype=model.dtype, on_change=self._wake)
-        self.visible = VisibleSets(repertoire, max_rank=options.max_rank, dtype=model.kv_dtype)
+        self.visible = VisibleSets(
+            repertoire, max_rank=options.max_rank, dtype=model.kv_dtype, inspector=model.inspector
+        )
         residents = self._residents = Residents(self.memory, self.visible, current=lambda: self.generation)
         self.pin, self.unpin, self.prefetch_task = residents.pin, residents.unpin, residents.prefetch
         self.evict = residents.evict

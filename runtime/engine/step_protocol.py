@@ -14,6 +14,7 @@ import torch
 from runtime.engine.attention import AttentionPlan
 from runtime.engine.kv import KVCache, KVShape
 from runtime.engine.llama import MixtureRows
+from runtime.kernels.inspection import Inspector
 
 
 class StepModel(Protocol):
@@ -41,6 +42,10 @@ class StepModel(Protocol):
     @property
     def kv_dtype(self) -> torch.dtype:
         """Of keys and values."""
+
+    @property
+    def inspector(self) -> Inspector:
+        """Looks at experts that are read for it."""
 
     @property
     def max_context(self) -> int:

@@ -15,6 +15,7 @@ from typing import get_args
 import torch
 
 from runtime.errors import BudgetError
+from runtime.kernels.inspection import native_inspector
 from runtime.kernels.native_mixture import NativeStage, address
 from runtime.kernels.step_kinds import KEPT_IN_8_BITS, WeightKind
 
@@ -67,6 +68,8 @@ class NativeStep:
             and inputs rounded to 8 bits per token and 64 values; int4 is for gate and up; see `KEPT_IN_8_BITS`.
             bfloat16: inputs too are rounded to it. Sums are float32.
         threads: that compute, the caller's among them.
+
+    `inspector` looks at experts that are read meanwhile, on the same threads.
     """
 
     def __init__(self, library: Path, shape: StepShape, *, weights: WeightKind, threads: int) -> None:
@@ -78,12 +81,13 @@ class NativeStep:
         config = _Config(**sizes, threads=threads)
         self._handle = ctypes.c_void_p(self._library.gr_create(ctypes.byref(config)))
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.inspector = native_inspector(library, model=self._handle)
 
     def close(self) -> None:
         """Free the weights and stop the threads; idempotent."""
         if self._handle:
             self._library.gr_destroy(self._handle)
-            self._handle = ctypes.c_void_p()
+            self._handle.value = None  # the inspector's too: it goes on without the team
 
     def set(self, name: str, layer: int, weight: torch.Tensor, *, place: tuple[int, int] | None = None) -> None:
         """Take over a copy of one weight: a matrix [rows, cols] of `qkv, out, gate_up, down, head`, or a vector.

@@ -7,7 +7,7 @@ Read first: nothing is read to say what is wanted, so it costs no disk to ask.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from runtime.errors import RankLimitError, UnboundExpertError
+from runtime.kernels.inspection import Inspected, Inspector
 from runtime.memory.buffers import Buffers
 from runtime.memory.kept_dtype import in_dtype, kept_bytes, kept_dtype
 from runtime.memory.keys import ROUTERS, routers_name
@@ -36,12 +37,21 @@ class VisibleSets:
         repertoire: where it is read from.
         max_rank: an expert of a higher rank is refused; memory and time of a step follow the ranks.
         dtype: that experts are kept in; None leaves them as they are stored.
+        inspector: looks at what was read.
     """
 
-    def __init__(self, repertoire: Repertoire, *, max_rank: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        repertoire: Repertoire,
+        *,
+        max_rank: int,
+        dtype: torch.dtype | None = None,
+        inspector: Inspector | None = None,
+    ) -> None:
         self._repertoire = repertoire
         self._max_rank = max_rank
         self._dtype = dtype
+        self._inspector = inspector or Inspector()
         self._lock = Lock()
         self._kept: OrderedDict[tuple[int, str], VisibleSet] = OrderedDict()
         self._buffers = Buffers()
@@ -98,7 +108,10 @@ class VisibleSets:
         num_bytes = generation.router_bytes(task)
         read_routers = partial(generation.read_mixture, task)
         wanted = [Wanted(key=routers, task=task, num_bytes=num_bytes, rows=(), read=read_routers)]
-        sources = {entry.digest: _Source(self._repertoire, entry, manifest.base, self._buffers) for entry, _ in units}
+        read_units = partial(
+            self._repertoire.read_units, base=manifest.base, allocate=self._buffers.take, inspector=self._inspector
+        )
+        sources = {entry.digest: _Source(self._repertoire, entry, manifest.base, read_units) for entry, _ in units}
         rows: dict[object, tuple[tuple[int, int], ...]] = {}  # one set's layers mostly have the same ranks
         for entry, unit in units:
             form = (entry.layout, *unit.ranks.items())
@@ -131,12 +144,14 @@ class VisibleSets:
 class _Source:
     """One expert set on disk, and the bytes of those of its units that were fetched and not yet read."""
 
-    def __init__(self, repertoire: Repertoire, entry: ExpertSet, base: BaseRef, buffers: Buffers) -> None:
+    def __init__(
+        self, repertoire: Repertoire, entry: ExpertSet, base: BaseRef, read_units: Callable[..., list[Inspected]]
+    ) -> None:
         self.entry = entry
-        self._buffers = buffers
         self._repertoire = repertoire
         self._base = base
-        self._fetched: dict[int, memoryview] = {}
+        self._read_units = read_units
+        self._fetched: dict[int, Inspected] = {}
         self._forms: dict[int, UnitForm] = {}
 
     def fetch(self, layers: Sequence[int]) -> None:
@@ -144,11 +159,11 @@ class _Source:
         units = [unit for unit in self.entry.units if unit.layer in layers]
         self._fetched.update({unit.layer: data for unit, data in zip(units, self._read(units), strict=True)})
 
-    def take(self, unit: Unit) -> memoryview | None:
+    def take(self, unit: Unit) -> Inspected | None:
         """The bytes of one that was fetched, which are nobody else's from now on; None of one that was not."""
         return self._fetched.pop(unit.layer, None)
 
-    def read(self, unit: Unit, data: memoryview | None) -> Expert:
+    def read(self, unit: Unit, data: Inspected | None) -> Expert:
         """Check and parse one, after reading it where there are no bytes."""
         if data is None:
             (data,) = self._read([unit])
@@ -158,8 +173,8 @@ class _Source:
             form = self._forms[unit.layer] = UnitForm(unit, self.entry, self._base, like=like)
         return self._repertoire.read_unit(self.entry, unit, self._base, data=data, form=form)
 
-    def _read(self, units: Sequence[Unit]) -> list[memoryview]:
-        return self._repertoire.read_bytes(self.entry, units, self._base, allocate=self._buffers.take)
+    def _read(self, units: Sequence[Unit]) -> list[Inspected]:
+        return self._read_units(self.entry, units)
 
 
 def row_major(expert: Expert) -> Expert:

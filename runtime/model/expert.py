@@ -207,11 +207,6 @@ def _entries(header: bytes | bytearray) -> dict[str, dict[str, list[int]]]:
     return tensors
 
 
-def all_finite(numbers: torch.Tensor) -> bool:
-    """Whether no number is NaN or infinite: then their sum is finite too, unless they are huge."""
-    return math.isfinite(numbers.sum().item()) or bool(numbers.isfinite().all())
-
-
 def _places(unit: Unit, entry: ExpertSet, base: BaseRef) -> list[tuple[Target, _Place, _Place]]:
     places: dict[Target, tuple[_Place, _Place]] = {}
     position = 0
@@ -237,27 +232,15 @@ class UnitForm:
     """
 
     def __init__(self, unit: Unit, entry: ExpertSet, base: BaseRef, *, like: UnitForm | None = None) -> None:
-        self.unit, self._scale, self._digest = unit, entry.scale, entry.digest
+        self.unit, self._scale = unit, entry.scale
         self._dtype = DTYPES[entry.dtype]
-        self._finite = False
         same = like is not None and like.unit.ranks == unit.ranks
         self.places: list[tuple[Target, _Place, _Place]] = (
             like.places if like is not None and same else _places(unit, entry, base)
         )
 
     def expert(self, data: memoryview) -> Expert:
-        """Return the expert in the bytes of the unit; its tensors share memory with `data`, and keep it alive.
-
-        Args:
-            data: has the unit's SHA-256, so that what was once found in it need not be looked for again.
-
-        Raises:
-            NonFiniteError: a weight is NaN or infinite.
-        """
+        """Return the expert in the bytes of the unit; its tensors share memory with `data`, and keep it alive."""
         flat = torch.frombuffer(data, dtype=self._dtype)
-        if not self._finite:
-            if not all_finite(flat):
-                raise NonFiniteError(f"expert set {self._digest}: layer {self.unit.layer} holds NaN or infinity")
-            self._finite = True
         updates = {target: LowRank(flat.as_strided(*a), flat.as_strided(*b)) for target, a, b in self.places}
         return Expert(layer=self.unit.layer, scale=self._scale, updates=updates)

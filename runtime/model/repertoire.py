@@ -24,8 +24,10 @@ from runtime.errors import (
     DigestMismatchError,
     GenerationMismatchError,
     InvalidInputError,
+    NonFiniteError,
     NotARepertoireError,
 )
+from runtime.kernels.inspection import Inspected, Inspector
 from runtime.model.durable import OnStep, no_step, write_durably
 from runtime.model.expert import Expert, UnitForm, check_header
 from runtime.model.layout import (
@@ -136,40 +138,50 @@ class Repertoire:
         unit: Unit,
         base: BaseRef,
         *,
-        data: memoryview | None = None,
+        data: Inspected | None = None,
         form: UnitForm | None = None,
     ) -> Expert:
         """Read, check and parse one expert: one contiguous read of `unit.bytes` bytes.
 
-        The blob's header is checked on its first use, the unit's SHA-256 on every read, and finiteness, which follows
-        from the SHA-256, once per `form`.
+        The blob's header is checked on its first use, the unit's SHA-256 and its numbers on every read.
 
         Args:
             entry: its set.
             unit: which of it.
             base: what its shapes must fit.
-            data: its bytes, where `read_bytes` has read them with others; the expert takes them over.
+            data: its bytes, where `read_units` has read them with others; the expert takes them over.
             form: of this unit, where the caller keeps it for the next time.
 
         Raises:
             BlobMissingError, BlobTruncatedError, DigestMismatchError, TensorMismatchError, NonFiniteError.
         """
         if data is None:
-            (data,) = self.read_bytes(entry, [unit], base)
-        if hashlib.sha256(data).hexdigest() != unit.sha256:
+            (data,) = self.read_units(entry, [unit], base)
+        if data.sha256 != unit.sha256:
             raise DigestMismatchError(f"blob {entry.digest}: layer {unit.layer} does not have the digest {unit.sha256}")
-        return (form or UnitForm(unit, entry, base)).expert(data)
+        if not data.finite:
+            raise NonFiniteError(f"expert set {entry.digest}: layer {unit.layer} holds NaN or infinity")
+        return (form or UnitForm(unit, entry, base)).expert(data.data)
 
-    def read_bytes(
-        self, entry: ExpertSet, units: Sequence[Unit], base: BaseRef, *, allocate: Allocate = fresh_memory
-    ) -> list[memoryview]:
-        """Read the bytes of units of one set, those that lie side by side in one read; each has memory of its own.
+    def read_units(
+        self,
+        entry: ExpertSet,
+        units: Sequence[Unit],
+        base: BaseRef,
+        *,
+        allocate: Allocate = fresh_memory,
+        inspector: Inspector | None = None,
+    ) -> list[Inspected]:
+        """Read the bytes of units of one set, those that lie side by side in one go; each has memory of its own.
+
+        They are looked at, and `read_unit` judges what was found.
 
         Args:
             entry: the set.
             units: which of it.
             base: what their shapes must fit.
             allocate: where the bytes go.
+            inspector: looks at them.
 
         Raises:
             BlobMissingError, BlobTruncatedError, TensorMismatchError: as `read_unit`, which checks the rest.
@@ -183,7 +195,7 @@ class Repertoire:
             if size != entry.bytes:
                 raise BlobTruncatedError(f"blob {entry.digest}: {size} bytes on disk, the manifest says {entry.bytes}")
             self._check_header_once(descriptor, entry, base)
-            return read_side_by_side(descriptor, entry, units, allocate)
+            return read_side_by_side(descriptor, entry, units, allocate, inspector or Inspector())
         finally:
             os.close(descriptor)
 

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 
 from runtime.errors import BlobTruncatedError, TensorMismatchError
+from runtime.kernels.inspection import Inspected, Inspector
+from runtime.model.expert import DTYPES
 from runtime.model.manifest import ExpertSet, Unit
 
 _MAX_HEADER_BYTES = 16 << 20
@@ -23,37 +25,45 @@ def fresh_memory(num_bytes: int) -> memoryview:
     return memoryview(bytearray(num_bytes))
 
 
-def read_side_by_side(descriptor: int, entry: ExpertSet, units: Sequence[Unit], allocate: Allocate) -> list[memoryview]:
-    """Read units of an open blob.
-
-    Where the first of the set is among them and is not in the page cache, the disk is told to go on with the others.
+def read_side_by_side(
+    descriptor: int, entry: ExpertSet, units: Sequence[Unit], allocate: Allocate, inspector: Inspector
+) -> list[Inspected]:
+    """Read units of an open blob, and look at what was read.
 
     Raises:
         BlobTruncatedError: the blob ends before a unit does.
     """
+    dtype = DTYPES[entry.dtype]
     buffers = [allocate(unit.bytes) for unit in units]
-    begin = 0
+    read: list[Inspected] = []
     for end, unit in enumerate(units, start=1):
         if end < len(units) and units[end].offset == unit.offset + unit.bytes:
             continue
-        run = units[begin:end]
-        size = sum(each.bytes for each in run)
-        cached = _read_cached(descriptor, buffers[begin:end], run[0].offset)
-        if cached != size:
-            if not cached and run[0] is entry.units[0] and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, run[0].offset, 0, os.POSIX_FADV_WILLNEED)
-            if os.preadv(descriptor, buffers[begin:end], run[0].offset) != size:
-                raise BlobTruncatedError(f"blob {entry.digest}: layers {run[0].layer} to {unit.layer} end early")
-        begin = end
-    return buffers
+
+        def more(*, wait: bool, end: int = end) -> bool:
+            """Read on; whether all that lies side by side is there."""
+            begin = len(read)
+            if begin < end:
+                read.extend(inspector.read(descriptor, units[begin].offset, buffers[begin:end], dtype, wait=wait))
+            return len(read) == end
+
+        if not more(wait=False):
+            _bring(descriptor, entry, units[len(read)], unit)
+            if not (more(wait=False) or more(wait=True)):
+                raise BlobTruncatedError(f"blob {entry.digest}: layer {units[len(read)].layer} ends early")
+    return read
 
 
-def _read_cached(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """As much as the page cache gives without a disk; 0 where the system cannot tell."""
-    try:
-        return os.preadv(descriptor, buffers, offset, os.RWF_NOWAIT)
-    except (OSError, AttributeError):  # nothing is there; a file system, or a system, that does not know the flag
-        return 0
+def _bring(descriptor: int, entry: ExpertSet, first: Unit, last: Unit) -> None:
+    """Wait until the disk has brought these into the page cache, as far as it can be known.
+
+    Where `first` is the first of the set, the disk is told to go on with the others.
+    """
+    end = last.offset + last.bytes
+    if hasattr(os, "posix_fadvise"):
+        length = 0 if first is entry.units[0] else end - first.offset  # 0: to the end of the file
+        os.posix_fadvise(descriptor, first.offset, length, os.POSIX_FADV_WILLNEED)
+    os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
 
 
 def read_header(descriptor: int, entry: ExpertSet) -> bytes:

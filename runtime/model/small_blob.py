@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 
 from runtime.errors import NonFiniteError, TensorMismatchError
-from runtime.model.expert import all_finite, blob_header
+from runtime.kernels.inspection import all_finite
+from runtime.model.expert import blob_header
 
 _SIZE = 4  # bytes of a float32
 

@@ -1,9 +1,12 @@
 // A team of threads that runs one function at a time, with barriers inside it; the caller is one of the team.
 // It knows nothing of what it runs.
 // Read first: threads spin at a barrier, since phases last microseconds, and give the core away when one takes longer;
-// between calls they spin for a moment and then sleep.
+// between calls they spin for a moment and then sleep. A thread whose core somebody else takes in the middle of a phase
+// holds up all others until it has it back, so work of others can be handed to the team, which does it at barriers.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -30,15 +33,36 @@ class Team {
   // Run work(rank) on every thread of the team; returns when all have returned.
   void run(const std::function<void(int)>& work) {
     std::lock_guard<std::mutex> alone(mutex_);
+    set_running(true);
     work_ = &work;
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
     work(0);
     barrier();
+    set_running(false);
+  }
+
+  // Do piece(0) to piece(count - 1) for a thread that is not of the team; returns when all are done. While the team runs,
+  // each of its threads does one whenever it comes to a barrier; else the caller does them, and always where there are
+  // cores that the team does not use.
+  void aside(int64_t count, const std::function<void(int64_t)>& piece) {
+    if (spare_cores_) {
+      for (int64_t i = 0; i < count; ++i) piece(i);
+      return;
+    }
+    Errand errand{piece, count};
+    std::unique_lock<std::mutex> lock(errands_mutex_);
+    errands_.push_back(&errand);
+    open_.store(int(errands_.size()), std::memory_order_relaxed);
+    while (errand.done < count) {
+      if (!running_ && errand.next < count) do_one(lock, errand);
+      else changed_.wait(lock);
+    }
   }
 
   // Wait for all threads of the team.
   void barrier() {
+    if (open_.load(std::memory_order_relaxed)) help();
     if (size_ == 1) return;
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
@@ -53,6 +77,40 @@ class Team {
   }
 
  private:
+  struct Errand {
+    const std::function<void(int64_t)>& piece;
+    int64_t count, next = 0, done = 0;
+  };
+
+  static int num_cores() {
+    cpu_set_t cores;
+    return sched_getaffinity(0, sizeof cores, &cores) ? int(std::thread::hardware_concurrency()) : CPU_COUNT(&cores);
+  }
+
+  void set_running(bool running) {
+    if (spare_cores_) return;
+    std::lock_guard<std::mutex> lock(errands_mutex_);
+    running_ = running;
+    if (!running) changed_.notify_all();
+  }
+
+  void help() {
+    std::unique_lock<std::mutex> lock(errands_mutex_);
+    if (!errands_.empty()) do_one(lock, *errands_.front());
+  }
+
+  void do_one(std::unique_lock<std::mutex>& lock, Errand& errand) {
+    const int64_t index = errand.next++;
+    if (errand.next == errand.count) {
+      errands_.erase(std::find(errands_.begin(), errands_.end(), &errand));
+      open_.store(int(errands_.size()), std::memory_order_relaxed);
+    }
+    lock.unlock();
+    errand.piece(index);
+    lock.lock();
+    if (++errand.done == errand.count) changed_.notify_all();
+  }
+
   void serve(int rank) {
     for (uint32_t seen = 0;;) {
       for (int spins = 0; round_.load(std::memory_order_acquire) == seen && spins < 2000; ++spins) _mm_pause();
@@ -65,6 +123,12 @@ class Team {
   }
 
   const int size_;
+  const bool spare_cores_ = size_ < num_cores();
+  std::mutex errands_mutex_;  // guards the next three
+  std::condition_variable changed_;
+  std::vector<Errand*> errands_;  // that have pieces left
+  bool running_ = false;
+  std::atomic<int> open_{0};  // how many these are
   std::mutex mutex_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> round_{0}, phase_{0};

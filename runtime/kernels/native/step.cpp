@@ -8,6 +8,7 @@
 #include <string>
 
 #include "attention.h"
+#include "inspect.h"
 #include "matrix.h"
 #include "mixture.h"
 #include "pool.h"
@@ -741,6 +742,28 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
     });
   });
   return 0;
+}
+
+// Look at `count` pieces, see inspect.h; where there is a model, its team does the work between phases while it computes.
+int64_t gr_inspect(void* handle, int file, int wait, int64_t place, uint8_t* const* data, const int64_t* sizes,
+                   int64_t count, uint32_t mask, uint8_t* digests, uint8_t* finite) {
+  const Pieces all{file, wait, place, data, sizes, mask, digests, finite};
+  if (!handle || wait) return inspect(all, count);
+  constexpr int64_t TOGETHER = 2;
+  std::vector<int64_t> places{place}, done(up(count, TOGETHER) / TOGETHER);
+  for (int64_t i = 0; i < count; ++i) places.push_back(places.back() + sizes[i]);
+  static_cast<Model*>(handle)->team.aside(int64_t(done.size()), [&](int64_t pair) {
+    const int64_t first = pair * TOGETHER;
+    const Pieces some{file, wait, places[first], data + first, sizes + first, mask, digests + 32 * first, finite + first};
+    done[pair] = inspect(some, std::min(TOGETHER, count - first));
+  });
+  int64_t whole = 0;
+  for (size_t pair = 0; pair < done.size(); ++pair) {
+    if (done[pair] < 0) return done[pair];
+    whole += done[pair];
+    if (whole < std::min(int64_t(pair + 1) * TOGETHER, count)) break;
+  }
+  return whole;
 }
 
 // y [tokens, rows] = W x [tokens, cols] for one matrix of a layer (as in gr_set), or the head.
