@@ -10,6 +10,7 @@ import torch
 from engines import ask
 from repertoires import FIRST_LAYER, Workshop
 
+import runtime.memory.memory
 from runtime.engine.attention import AttentionPlan
 from runtime.engine.engine import Engine
 from runtime.engine.kv import KVCache
@@ -70,6 +71,11 @@ class RecordingModel(LlamaModel):
         """Until some prompt has passed the layers before `layer`."""
         with self.changed:
             assert self.changed.wait_for(lambda: any(seen.stop == layer for seen in self.ranges), timeout=30)
+
+
+@pytest.fixture(autouse=True)
+def _layers_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.memory.memory, "_RUN_BYTES", 1)
 
 
 def gated_engine(

@@ -225,7 +225,7 @@ def test_layers_of_a_set_that_are_loaded_one_after_the_other_come_in_one_read_bu
     assert first is not None
     wanted = memory.reserve(disk.set("a", 5))
     disk.gate.set()
-    loaded.wait_for(6)
+    loaded.wait_for(2)
     assert wanted is not None
     assert wanted.ready
     assert disk.fetches == [(-1, 0, 1, 2, 3)]
@@ -258,7 +258,7 @@ def test_layers_of_two_sets_are_never_fetched_together(disk: Disk, loaded: Signa
     assert first is not None
     one, two = memory.reserve(disk.set("a", 3)), memory.reserve(disk.set("b", 1))
     disk.gate.set()
-    loaded.wait_for(5)
+    loaded.wait_for(4)
     assert one is not None
     assert two is not None
     assert (one.ready, two.ready) == (True, True)

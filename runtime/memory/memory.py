@@ -40,8 +40,7 @@ class ExpertMemory:
         retry_s: how long something that failed to load stays quarantined; doubles with every failure in a row.
         floors: tenant -> bytes that the traffic of others leaves in memory.
         tier: what kernels read.
-        on_change: called from a loader thread, outside the lock, when somebody got what he waited for, and after each
-            run of loads.
+        on_change: called from a loader thread, outside the lock, after each run of loads.
         clock: seconds, monotonic.
     """
 
@@ -295,27 +294,25 @@ class ExpertMemory:
                 with suppress(GreenroomError, OSError, MemoryError):  # each will say itself what is wrong with it
                     fetch(layers)
                 fetch_s = (time.perf_counter() - started) / len(layers)
-        for slot in run:
-            if self._load(slot, fetch_s) or slot is run[-1]:
-                self._on_change()
-
-    def _load(self, slot: Slot, fetch_s: float) -> bool:
-        """Read what is not in host memory, and place what is wanted in the tier; True if somebody waited for it."""
-        key, value, error, started = slot.wanted.key, slot.value, None, time.perf_counter()
-        if value is None:
-            value, error = slot.wanted.attempt()
-        seconds = time.perf_counter() - started + fetch_s
-        placed = None
+        started = time.perf_counter()
+        read = [slot.wanted.attempt() if slot.value is None else (slot.value, None) for slot in run]
+        seconds = (time.perf_counter() - started) / len(run) + fetch_s
         with self._lock:
-            claimed = value is not None and self._tier.claim(slot.wanted)
-        if claimed and value is not None:
-            placed = self._tier.put(key, value)
+            claimed = [
+                value is not None and self._tier.claim(slot.wanted) for slot, (value, _) in zip(run, read, strict=True)
+            ]
+        placed = [
+            self._tier.put(slot.wanted.key, value) if has_room and value is not None else None
+            for slot, (value, _), has_room in zip(run, read, claimed, strict=True)
+        ]
         with self._lock:
-            if claimed:
-                self._tier.let_go(key)
-            if not slot.resident:
-                self._settle(slot, value, error, seconds)
-            return self._hand_out(slot, placed)
+            for slot, (value, error), has_room, there in zip(run, read, claimed, placed, strict=True):
+                if has_room:
+                    self._tier.let_go(slot.wanted.key)
+                if not slot.resident:
+                    self._settle(slot, value, error, seconds)
+                self._hand_out(slot, there)
+        self._on_change()
 
     def _settle(self, slot: Slot, value: Held | None, error: GreenroomError | None, seconds: float) -> None:
         slot.load_s = seconds
@@ -328,13 +325,12 @@ class ExpertMemory:
         backoff = min(_MAX_BACKOFF, 2 ** (slot.failures - 1))
         self._shelf.fail(slot, error, retry_at=self._clock() + self._retry_s * backoff)
 
-    def _hand_out(self, slot: Slot, placed: Held | None) -> bool:
-        """Give those who wait what they wait for, or the reason why they will not get it; False if nobody does."""
+    def _hand_out(self, slot: Slot, placed: Held | None) -> None:
+        """Give those who wait what they wait for, or the reason why they will not get it."""
         slot.placed = placed if slot.resident else None
         was_busy, slot.busy = slot.busy, False
         slot.waiting = [reservation for reservation in slot.waiting if not reservation.released]
-        waited = bool(slot.waiting)
-        if slot.resident and slot.placed is None and waited:
+        if slot.resident and slot.placed is None and slot.waiting:
             self._begin_to_place(slot)  # it was reserved after this job had looked
             self._submit([slot.wanted.key], Priority.DEMAND)
         else:
@@ -347,4 +343,3 @@ class ExpertMemory:
                     reservation.complete_if_ready(self._clock())
         if was_busy:
             self._shelf.dereference(slot)
-        return waited
