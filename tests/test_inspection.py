@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,30 +115,75 @@ def test_a_library_that_hashes_wrongly_is_not_used(native_library: Path, monkeyp
     assert type(native_inspector(native_library)) is Inspector
 
 
-def test_a_busy_team_looks_between_its_phases_and_computes_the_same(native_library: Path) -> None:
-    step = NativeStep(native_library, SHAPE, weights="float32", threads=len(os.sched_getaffinity(0)))
-    weight = torch.randn(SHAPE.vocabulary, SHAPE.width, generator=torch.Generator().manual_seed(0))
-    step.set("head", 0, weight)
-    step.set("final_norm", 0, torch.ones(SHAPE.width))
-    hidden = torch.randn(32, SHAPE.width, generator=torch.Generator().manual_seed(1))
+@pytest.fixture
+def step(native_library: Path) -> Iterator[NativeStep]:
+    """It uses every core, so that who computes beside it takes one away."""
+    made = NativeStep(native_library, SHAPE, weights="float32", threads=len(os.sched_getaffinity(0)))
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(SHAPE.layers):
+        for name, shape in {"qkv": (128, 64), "out": (64, 64), "gate_up": (256, 64), "down": (64, 128)}.items():
+            made.set(name, layer, torch.randn(shape, generator=generator) * 0.2)
+        for name in ("attention_norm", "ffn_norm"):
+            made.set(name, layer, torch.ones(64))
+    for name in ("cos", "sin"):
+        made.set(name, 0, torch.rand(64 * 16, generator=generator))
+    yield made
+    made.close()
+
+
+def passed(step: NativeStep, num_tokens: int) -> torch.Tensor:
+    """What layers make of a prompt's tokens without experts."""
+    hidden = torch.randn(num_tokens, SHAPE.width, generator=torch.Generator().manual_seed(1))
+    cache = torch.zeros(SHAPE.layers, 1, SHAPE.kv_heads, SHAPE.context, SHAPE.head_width)
+    step.set_cache(cache, cache.clone())
+    positions, slots = torch.arange(num_tokens, dtype=torch.int32), torch.zeros(num_tokens, dtype=torch.int32)
+    step.run_layers(hidden, range(SHAPE.layers), positions, slots, stage=None, rows=None, alone=False)
+    return hidden
+
+
+@pytest.mark.parametrize("num_tokens", [8, 60], ids=["few", "many"])
+def test_who_looks_and_computes_beside_a_step_gets_digests_and_the_step_computes_the_same(
+    step: NativeStep, num_tokens: int
+) -> None:
     pieces = pieces_of([120_000] * 7)
     wanted = [hashlib.sha256(piece).hexdigest() for piece in pieces]
-    alone = step.logits(hidden)
-    ended, wrong = threading.Event(), list[object]()
+    alone = passed(step, num_tokens)
+    ended, turns, wrong = threading.Event(), list[int](), list[object]()
 
     def look() -> None:
         while not ended.is_set():
-            wrong.extend(each for each in (digests(step.inspector.look(pieces, torch.float32)),) if each != wanted)
+            with step.inspector.beside():
+                found = digests(step.inspector.look(pieces, torch.float32))
+                with step.inspector.waiting():
+                    pass
+                hashlib.sha256(pieces[0]).digest()
+            turns.append(1)
+            wrong.extend([found] if found != wanted else [])
 
     threads = [threading.Thread(target=look) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for _ in range(2000):
-        assert torch.equal(step.logits(hidden), alone)
+    for _ in range(1000):
+        assert torch.equal(passed(step, num_tokens), alone)
     ended.set()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
+    assert len(turns) > 3
     assert wrong == []
+
+
+def test_a_thread_may_wait_or_leave_without_having_come(step: NativeStep) -> None:
+    with step.inspector.waiting():
+        pass
+    with step.inspector.beside(), step.inspector.waiting():
+        pass
+    assert passed(step, 60).isfinite().all()
+
+
+def test_looking_goes_on_without_the_team_when_the_step_is_closed(step: NativeStep) -> None:
     step.close()
-    assert digests(step.inspector.look(pieces, torch.float32)) == wanted  # without the team
+    pieces = pieces_of([1000, 64])
+    with step.inspector.beside(), step.inspector.waiting():
+        found = step.inspector.look(pieces, torch.float32)
+    assert digests(found) == [hashlib.sha256(piece).hexdigest() for piece in pieces]

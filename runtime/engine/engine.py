@@ -78,7 +78,7 @@ class Engine:
         retire: Callable[[], None] = lambda: None,
         capture: Capture | None = None,
     ) -> None:
-        self.memory = make_memory(options, device=model.device, dtype=model.dtype, on_change=self._wake)
+        self.memory = make_memory(options, model, on_change=self._wake)
         self.visible = VisibleSets(
             repertoire, max_rank=options.max_rank, dtype=model.kv_dtype, inspector=model.inspector
         )
@@ -181,7 +181,8 @@ class Engine:
             raise
         self._wake()
         if self._options.prefetch:  # while the prompt is on its way already
-            self._casting.guess(sequence)
+            with self._model.inspector.beside():
+                self._casting.guess(sequence)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -11,9 +11,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-import torch
-
 from runtime.engine.options import EngineOptions
+from runtime.engine.step_protocol import StepModel
 from runtime.errors import GreenroomError, InvalidInputError, NoRoomError
 from runtime.memory.keys import routers_name
 from runtime.memory.loader import Priority
@@ -136,17 +135,16 @@ class Residents:
         return reservation
 
 
-def make_memory(
-    options: EngineOptions, *, device: torch.device, dtype: torch.dtype, on_change: Callable[[], None]
-) -> ExpertMemory:
-    """The expert memory of an engine that computes in `dtype` on `device`."""
+def make_memory(options: EngineOptions, model: StepModel, *, on_change: Callable[[], None]) -> ExpertMemory:
+    """The expert memory of an engine that computes with `model`."""
     return ExpertMemory(
         budget_bytes=options.expert_budget_bytes,
         eviction=options.eviction,
         num_loaders=options.num_loaders,
         floors=options.tenant_floors,
-        tier=make_tier(device, dtype, options.device_budget_bytes),
+        tier=make_tier(model.device, model.dtype, options.device_budget_bytes),
         on_change=on_change,
+        beside=model.inspector.beside,
     )
 
 

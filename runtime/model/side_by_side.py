@@ -48,7 +48,8 @@ def read_side_by_side(
             return len(read) == end
 
         if not more(wait=False):
-            _bring(descriptor, entry, units[len(read)], unit)
+            with inspector.waiting():
+                _bring(descriptor, entry, units[len(read)], unit)
             if not (more(wait=False) or more(wait=True)):
                 raise BlobTruncatedError(f"blob {entry.digest}: layer {units[len(read)].layer} ends early")
     return read

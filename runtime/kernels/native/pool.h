@@ -2,12 +2,14 @@
 // It knows nothing of what it runs.
 // Read first: threads spin at a barrier, since phases last microseconds, and give the core away when one takes longer;
 // between calls they spin for a moment and then sleep. A thread whose core somebody else takes in the middle of a phase
-// holds up all others until it has it back, so work of others can be handed to the team, which does it at barriers.
+// holds up all others until it has it back. So work of others can be handed to the team, which does it at barriers; and
+// where a phase asks what is done, and not who has come, the last thread stays away while guests need its core.
 #pragma once
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -30,16 +32,18 @@ class Team {
 
   int size() const { return size_; }
 
-  // Run work(rank) on every thread of the team; returns when all have returned.
-  void run(const std::function<void(int)>& work) {
+  // Run work(rank) on every thread of the team; returns when all have returned. With `lends` the work meets by what is
+  // done (`meet`) and lets the last thread off (`make_way`).
+  void run(const std::function<void(int)>& work, bool lends = false) {
     std::lock_guard<std::mutex> alone(mutex_);
-    set_running(true);
+    set_running(true, lends);
     work_ = &work;
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
     work(0);
+    if (lends) set_running(true, false);  // nothing is left to do: who stayed away comes back
     barrier();
-    set_running(false);
+    set_running(false, false);
   }
 
   // Do piece(0) to piece(count - 1) for a thread that is not of the team; returns when all are done. While the team runs,
@@ -52,12 +56,50 @@ class Team {
     }
     Errand errand{piece, count};
     std::unique_lock<std::mutex> lock(errands_mutex_);
+    if (is_guest) go(lock);  // it will sleep
     errands_.push_back(&errand);
     open_.store(int(errands_.size()), std::memory_order_relaxed);
     while (errand.done < count) {
       if (!running_ && errand.next < count) do_one(lock, errand);
       else changed_.wait(lock);
     }
+    if (is_guest) come(lock);
+  }
+
+  // A thread that is not of the team needs a core from now until `leave`; returns once it has one, or none is lent.
+  void enter() {
+    if (spare_cores_ || size_ == 1) return;
+    std::unique_lock<std::mutex> lock(errands_mutex_);
+    is_guest = true;
+    come(lock);
+  }
+
+  // Whether it was one that had entered.
+  bool leave() {
+    if (!is_guest) return false;
+    std::unique_lock<std::mutex> lock(errands_mutex_);
+    is_guest = false;
+    go(lock);
+    return true;
+  }
+
+  // Between two items of a run that lends: the last thread stays away as long as there are guests.
+  void make_way(int rank) {
+    if (!guests_.load(std::memory_order_relaxed) || rank + 1 != size_) return;
+    std::unique_lock<std::mutex> lock(errands_mutex_);
+    const auto wanted = [&] { return lends_ && guests_.load(std::memory_order_relaxed); };
+    if (!wanted()) return;
+    away_ = true;
+    changed_.notify_all();
+    while (wanted()) changed_.wait(lock);
+    away_ = false;
+  }
+
+  // Wait until all items of a phase are done, whoever did them.
+  template <class Share>
+  void meet(const Share& share) {
+    if (open_.load(std::memory_order_relaxed)) help();
+    for (int spins = 0; !share.over(); ++spins) pause(spins);
   }
 
   // Wait for all threads of the team.
@@ -70,10 +112,7 @@ class Team {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < 4000) _mm_pause();
-      else sched_yield();
-    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) pause(spins);
   }
 
  private:
@@ -87,11 +126,27 @@ class Team {
     return sched_getaffinity(0, sizeof cores, &cores) ? int(std::thread::hardware_concurrency()) : CPU_COUNT(&cores);
   }
 
-  void set_running(bool running) {
+  static void pause(int spins) {
+    if (spins < 4000) _mm_pause();
+    else sched_yield();
+  }
+
+  void set_running(bool running, bool lends) {
     if (spare_cores_) return;
     std::lock_guard<std::mutex> lock(errands_mutex_);
+    const bool less = running_ > running || lends_ > lends;
     running_ = running;
-    if (!running) changed_.notify_all();
+    lends_ = lends;
+    if (less) changed_.notify_all();
+  }
+
+  void come(std::unique_lock<std::mutex>& lock) {
+    guests_.fetch_add(1, std::memory_order_relaxed);
+    while (lends_ && !away_) changed_.wait(lock);
+  }
+
+  void go(std::unique_lock<std::mutex>&) {
+    if (guests_.fetch_sub(1, std::memory_order_relaxed) == 1) changed_.notify_all();
   }
 
   void help() {
@@ -124,10 +179,13 @@ class Team {
 
   const int size_;
   const bool spare_cores_ = size_ < num_cores();
-  std::mutex errands_mutex_;  // guards the next three
+  std::mutex errands_mutex_;  // guards what is no atomic of the next ones
   std::condition_variable changed_;
   std::vector<Errand*> errands_;  // that have pieces left
-  bool running_ = false;
+  bool running_ = false, lends_ = false;
+  bool away_ = false;  // the last thread
+  std::atomic<int> guests_{0};
+  static thread_local inline bool is_guest = false;
   std::atomic<int> open_{0};  // how many these are
   std::mutex mutex_;
   const std::function<void(int)>* work_ = nullptr;
@@ -144,21 +202,30 @@ class Share {
 
   void reset() {
     for (auto& each : next_) each.value.store(0, std::memory_order_relaxed);
+    end_->done.store(0, std::memory_order_relaxed);
+    end_->count.store(-1, std::memory_order_relaxed);
   }
+
+  // Whether all items are done; asked by a thread that has come through `each`.
+  bool over() const { return end_->done.load(std::memory_order_acquire) == end_->count.load(std::memory_order_relaxed); }
 
   // What is whose before anybody takes over.
   static int64_t begin(int64_t count, int rank, int size) { return count * rank / size; }
 
+  // With a team that lends, its last thread may stay away before each item.
   template <class F>
-  void each(int64_t count, int rank, F&& work) {
+  void each(int64_t count, int rank, F&& work, Team* lender = nullptr) {
     const int size = int(next_.size());
+    end_->count.store(count, std::memory_order_relaxed);
     for (int turn = 0; turn < size; ++turn) {
       const int whose = (rank + turn) % size;
       const int64_t first = begin(count, whose, size), end = begin(count, whose + 1, size);
       for (;;) {
+        if (lender) lender->make_way(rank);
         const int64_t item = first + next_[whose].value.fetch_add(1, std::memory_order_relaxed);
         if (item >= end) break;
         work(item);
+        if (lender) end_->done.fetch_add(1, std::memory_order_release);
       }
     }
   }
@@ -168,4 +235,8 @@ class Share {
     std::atomic<int64_t> value{0};
   };
   std::vector<Next> next_;
+  struct alignas(64) End {
+    std::atomic<int64_t> done{0}, count{-1};
+  };
+  std::unique_ptr<End> end_ = std::make_unique<End>();
 };

@@ -196,6 +196,16 @@ struct Step {
   Pairs* record;  // [L, tokens] or null: the experts that each token used
   bool alone;     // no two tokens of the same slot
 
+  // Whether all that threads do is items: so it is with many tokens and without experts, as where a prompt begins.
+  bool lends() const { return !stage && !alone && !few(); }
+  Team* lender() const { return lends() ? &m.team : nullptr; }
+
+  // Wait for the end of a phase.
+  void meet(const Share& share) const {
+    if (lends()) m.team.meet(share);
+    else m.team.barrier();
+  }
+
   float* shrunk(int64_t t, int which) const { return m.s.shrunk + (t * 3 + which) * m.s.max_k * m.s.max_rank; }
 
   // Whether experts come from memory for every token; with many tokens the caches hold them anyway.
@@ -213,7 +223,7 @@ struct Step {
       const int64_t first = Share::begin(matrix.groups, rank, m.team.size());
       const int64_t last = Share::begin(matrix.groups, rank + 1, m.team.size());
       for (int64_t t = 0; t < tokens; ++t) prepare(matrix.kind, in, t, row(t), matrix.cols, first, last);
-      share.each(tokens, rank, then);
+      share.each(tokens, rank, then, lender());
       return;
     }
     share.each(tiles, rank, [&](int64_t tile) {
@@ -221,7 +231,7 @@ struct Step {
         prepare(matrix.kind, in, t, row(t), matrix.cols, 0, matrix.groups);
         then(t);
       }
-    });
+    }, lender());
   }
 
   // Where this thread has its copy of a token's normed row.
@@ -455,7 +465,7 @@ struct Step {
         }
         pieces([&](int64_t block, int n) { done(block * LANES, t, count, out + (block - first), n); });
       }
-    });
+    }, lender());
   }
 
   // Where the keys or values of an item of the attention begin: one token's heads of one group.
@@ -523,13 +533,13 @@ struct Step {
       m.desks[rank].upcoming.ask();
       place<C>(index, item / c.kv_heads, item % c.kv_heads);
       if (alone) attend_head<C>(index, item, scratch);
-    });
-    m.team.barrier();
+    }, lender());
+    meet(first);
     if (alone) return;
     second.each(items, rank, [&](int64_t item) {
       attend_head<C>(index, item, scratch);
-    });
-    m.team.barrier();
+    }, lender());
+    meet(second);
   }
 
   void layer(int64_t index, int rank) const {
@@ -544,7 +554,7 @@ struct Step {
     feed(share[0], rank, l.qkv, s.normed, norming(rank, hidden, l.attention_norm), [&](int64_t t) {
       if (in_attention) choose(index, t, rank, normed(rank, t), {Q, K, V});
     });
-    m.team.barrier();
+    meet(share[0]);
     clock.mark(0);
     const auto part_of = [&](int64_t o) { return o < q_width ? 0 : o < q_width + kv_width ? 1 : 2; };
     const int64_t begins[] = {0, q_width, q_width + kv_width}, widths[] = {q_width, kv_width, kv_width};
@@ -567,7 +577,7 @@ struct Step {
         }
       }
     });
-    m.team.barrier();
+    meet(share[1]);
     clock.mark(1);
     foresee(index + 1, false);
     expect_routers(index, rank);
@@ -581,7 +591,7 @@ struct Step {
     feed(share[4], rank, l.out, s.attended, mixed, [&](int64_t t) {
       if (in_attention) reduce(index, t, rank, mixed(t), q_width, {O});
     });
-    m.team.barrier();
+    meet(share[4]);
     clock.mark(4);
     if (in_attention) sort_out(index, rank, m.for_out);
     product(share[5], rank, l.out, s.attended, c.width, 1, in_attention ? &m.for_out : nullptr,
@@ -591,13 +601,13 @@ struct Step {
         for (int k = 0; k < count; ++k) accumulate(hidden + (t + i) * c.width + o + k * LANES, y[k][i]);
       }
     });
-    m.team.barrier();
+    meet(share[5]);
     clock.mark(5);
     feed(share[6], rank, l.gate_up, s.normed, norming(rank, hidden, l.ffn_norm), [&](int64_t t) {
       choose(index, t, rank, normed(rank, t), {GATE, UP});
       if (record && experts(index, t)) record[index * tokens + t] = s.pairs[t];
     });
-    m.team.barrier();
+    meet(share[6]);
     clock.mark(6);
     wanted.clear();
     if (stage) sort_out(index, rank, m.for_gate_up);
@@ -612,11 +622,11 @@ struct Step {
         for (int k = 0; k < count; ++k) store(to + k * LANES, _mm512_mul_ps(silu16(load(y[k][i])), load(y[RUN + k][i])));
       }
     });
-    m.team.barrier();
+    meet(share[7]);
     clock.mark(7);
     const auto inner = [&](int64_t t) { return s.inner + t * c.ffn; };
     feed(share[8], rank, l.down, s.gated, inner, [&](int64_t t) { reduce(index, t, rank, inner(t), c.ffn, {DOWN}); });
-    m.team.barrier();
+    meet(share[8]);
     clock.mark(8);
     wanted.clear();
     if (in_attention) {
@@ -631,7 +641,7 @@ struct Step {
         for (int k = 0; k < count; ++k) accumulate(hidden + (t + i) * c.width + o + k * LANES, y[k][i]);
       }
     });
-    m.team.barrier();
+    meet(share[9]);
     clock.mark(9);
   }
 };
@@ -710,7 +720,7 @@ int gr_layers(void* handle, float* hidden, int64_t tokens, int64_t begin, int64_
   const Step step{m, hidden, tokens, positions, slots, rows, stage, record, alone != 0};
   m.team.run([&](int rank) {
     for (int64_t index = begin; index < end; ++index) step.layer(index, rank);
-  });
+  }, step.lends());
   return 0;
 }
 
@@ -765,6 +775,11 @@ int64_t gr_inspect(void* handle, int file, int wait, int64_t place, uint8_t* con
   }
   return whole;
 }
+
+// The calling thread, which is not of the team, needs a core until it leaves; see Team::enter. The second returns 1 where
+// it did.
+void gr_enter(void* handle) { static_cast<Model*>(handle)->team.enter(); }
+int gr_leave(void* handle) { return static_cast<Model*>(handle)->team.leave(); }
 
 // y [tokens, rows] = W x [tokens, cols] for one matrix of a layer (as in gr_set), or the head.
 int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t tokens, float* y) {
