@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -55,8 +55,10 @@ RANK = 8
 LARGE_RANK = 64
 LAYOUT = "rows"
 """How experts lie in what is made; part of the path, so that nothing is taken over that was made another way."""
-SLOW_DISK = 200e6
+VOLUME = 200e6
 """Bytes per second of a network volume."""
+FIRST_BYTE_S = 0.1
+"""Until an object store begins to answer."""
 SHARES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 WORDS = (Path(__file__).parent / "words.txt").read_text().split()
 
@@ -337,13 +339,20 @@ def pressure(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int)
 # ---- churn
 
 
-class SlowDisk(Repertoire):
-    """The same repertoire as a disk of so many bytes per second would give it; who reads waits and computes nothing."""
+class SlowStorage(Repertoire):
+    """The same repertoire as slower storage would give it; who reads waits and computes nothing.
 
-    def __init__(self, root: Path, *, bytes_per_s: float) -> None:
+    Args:
+        root: of the repertoire.
+        bytes_per_s: of a volume that serves one read at a time; None for as many as one likes.
+        first_byte_s: until the first bytes of a blob come; all its others come with them.
+    """
+
+    def __init__(self, root: Path, *, bytes_per_s: float | None = None, first_byte_s: float = 0.0) -> None:
         super().__init__(root)
-        self._bytes_per_s = bytes_per_s
-        self._disk = threading.Lock()
+        self._bytes_per_s, self._first_byte_s = bytes_per_s, first_byte_s
+        self._volume = threading.Lock()
+        self._due: dict[str, float] = {}
 
     def read_units(
         self,
@@ -354,21 +363,36 @@ class SlowDisk(Repertoire):
         allocate: Allocate = fresh_memory,
         inspector: Inspector | None = None,
     ) -> list[Inspected]:
-        """As `Repertoire.read_units`; one read at a time."""
-        with self._disk:
-            time.sleep(sum(unit.bytes for unit in units) / self._bytes_per_s)
+        """As `Repertoire.read_units`, later."""
+        with (inspector or Inspector()).waiting():
+            if self._bytes_per_s is not None:
+                with self._volume:
+                    time.sleep(sum(unit.bytes for unit in units) / self._bytes_per_s)
+            if units[0] is entry.units[0]:
+                self._due[entry.digest] = time.perf_counter() + self._first_byte_s
+            time.sleep(max(0.0, self._due.get(entry.digest, 0.0) - time.perf_counter()))
         return super().read_units(entry, units, base, allocate=allocate, inspector=inspector)
+
+    def read_tensors(self, digest: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        """As `Repertoire.read_tensors`, later."""
+        time.sleep(self._first_byte_s)
+        return super().read_tensors(digest, shapes)
 
 
 def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) -> dict[str, float]:
-    """P99 of the time to first token with guesses over that without, and the same on a slow disk."""
-    slow = SlowDisk(repertoire.root, bytes_per_s=SLOW_DISK)
-    here = churn_on(bench, repertoire, num_tasks, 6 * repeats)
-    there = churn_on(bench, slow, num_tasks, 2 * repeats)
-    return {**here, **{f"{name}_slow_disk": value for name, value in there.items()}}
+    """P99 of the time to first token with guesses over that without; the same on slower storage."""
+    volume = SlowStorage(repertoire.root, bytes_per_s=VOLUME)
+    distant = SlowStorage(repertoire.root, first_byte_s=FIRST_BYTE_S)
+    figures = churn_on(bench, repertoire, num_tasks, 6 * repeats)
+    for name, storage, loaders in (("slow_disk", volume, 2), ("distant", distant, 16)):
+        there = churn_on(bench, storage, num_tasks, 2 * repeats, num_loaders=loaders)
+        figures |= {f"{key}_{name}": value for key, value in there.items()}
+    return figures
 
 
-def churn_on(bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int) -> dict[str, float]:
+def churn_on(
+    bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int, *, num_loaders: int = 2
+) -> dict[str, float]:
     """One disk's part of it: rounds of 50 requests; the median over three blocks of rounds of the blocks' ratios.
 
     Short answers of 16 tasks, each as likely, large experts, room for half of them, nothing of them in the page cache.
@@ -376,7 +400,12 @@ def churn_on(bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int) 
     """
     budget = num_tasks * set_bytes(repertoire) // 2
     blocks: list[dict[bool, list[float]]] = [{True: [], False: []} for _ in range(3)]
-    options = {"prompt": short_prompt, "expert_budget_bytes": budget, "max_running": 4}
+    options = {
+        "prompt": short_prompt,
+        "expert_budget_bytes": budget,
+        "max_running": 4,
+        "num_loaders": num_loaders,
+    }
     with (
         bench.serve(repertoire, prefetch=True, **options) as on,  # type: ignore[arg-type]
         bench.serve(repertoire, prefetch=False, **options) as off,  # type: ignore[arg-type]
