@@ -34,7 +34,7 @@ def table(results: Mapping[str, Any]) -> str:
 
     stalls = " and ".join(
         f"{results[f'stall_ms_per_request{disk}']:.1f} instead of {results[f'stall_ms_per_request_off{disk}']:.1f}"
-        for disk in ("", "_slow_disk")
+        for disk in ("", "_slow_disk", "_distant")
     )
     guesses = ", ".join(
         f"{results[name]:.2f}" for name in ("prefetch_precision", "prefetch_recall", "wasted_bytes_share")
@@ -56,8 +56,9 @@ def table(results: Mapping[str, Any]) -> str:
         ("the same of a short prompt, with guesses", two("cold_over_warm_ttft_short_prompt_prefetch"), ""),
         ("`p99_ttft_prefetch_over_off` in churn, this machine's disk", churn(""), "0.75 or less"),
         ("`p99_ttft_prefetch_over_off_slow_disk`, the same at 200 MB/s", churn("_slow_disk"), "0.75 or less"),
+        ("`p99_ttft_prefetch_over_off_distant`, the same 100 ms away", churn("_distant"), "0.75 or less"),
         (
-            "ms per request that prompts stood still in churn, on the two disks, with guesses instead of without",
+            "ms per request that prompts stood still in churn, on the three, with guesses instead of without",
             stalls,
             "",
         ),
