@@ -379,27 +379,27 @@ class SlowStorage(Repertoire):
         return super().read_tensors(digest, shapes)
 
 
-def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) -> dict[str, float]:
+def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) -> dict[str, object]:
     """P99 of the time to first token with guesses over that without; the same on slower storage."""
     volume = SlowStorage(repertoire.root, bytes_per_s=VOLUME)
     distant = SlowStorage(repertoire.root, first_byte_s=FIRST_BYTE_S)
     figures = churn_on(bench, repertoire, num_tasks, 6 * repeats)
     for name, storage, loaders in (("slow_disk", volume, 2), ("distant", distant, 16)):
-        there = churn_on(bench, storage, num_tasks, 2 * repeats, num_loaders=loaders)
+        there = churn_on(bench, storage, num_tasks, 4 * repeats, num_loaders=loaders)
         figures |= {f"{key}_{name}": value for key, value in there.items()}
     return figures
 
 
 def churn_on(
     bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int, *, num_loaders: int = 2
-) -> dict[str, float]:
-    """One disk's part of it: rounds of 50 requests; the median over three blocks of rounds of the blocks' ratios.
+) -> dict[str, object]:
+    """One storage's part of it: rounds of 50 requests; ratios of all of them, and where 95 % lie if rounds are drawn anew.
 
     Short answers of 16 tasks, each as likely, large experts, room for half of them, nothing of them in the page cache.
     Requests come at random, half as many a second as could be answered without guesses.
     """
     budget = num_tasks * set_bytes(repertoire) // 2
-    blocks: list[dict[bool, list[float]]] = [{True: [], False: []} for _ in range(3)]
+    pairs: list[tuple[list[float], list[float]]] = []
     options = {
         "prompt": short_prompt,
         "expert_budget_bytes": budget,
@@ -415,21 +415,25 @@ def churn_on(
         rate = off.burst(random.Random("rate").choices(range(num_tasks), k=50), width=4, num_tokens=2) / 2 / 2
         before = [served.engine.statistics().stall_s for served in (on, off)]
         for number in range(rounds):
-            turns = ((True, on), (False, off))
-            for prefetch, served in turns if number % 2 else reversed(turns):
-                blocks[3 * number // rounds][prefetch] += arrivals(served, repertoire, num_tasks, rate, seed=number)
+            turns = (on, off) if number % 2 else (off, on)
+            found = {served: arrivals(served, repertoire, num_tasks, rate, seed=number) for served in turns}
+            pairs.append((found[on], found[off]))
         memory = on.engine.statistics().memory
         stalls = [served.engine.statistics().stall_s - was for served, was in zip((on, off), before, strict=True)]
     settled = memory.prefetch_useful_bytes + memory.prefetch_wasted_bytes
 
-    def ratio(share: float) -> float:
-        return statistics.median(percentile(b[True], share) / percentile(b[False], share) for b in blocks)
+    def ratio(share: float, drawn: Sequence[tuple[list[float], list[float]]]) -> float:
+        with_guesses, without = ([seconds for pair in drawn for seconds in pair[i]] for i in (0, 1))
+        return percentile(with_guesses, share) / percentile(without, share)
 
-    every = [seconds for block in blocks for seconds in block[False]]
+    chance = random.Random(0)
+    spread = sorted(ratio(0.99, chance.choices(pairs, k=rounds)) for _ in range(1000))
+    every = [seconds for pair in pairs for seconds in pair[1]]
     return {
-        "p99_ttft_prefetch_over_off": ratio(0.99),
-        "p90_ttft_prefetch_over_off": ratio(0.9),
-        "p50_ttft_prefetch_over_off": ratio(0.5),
+        "p99_ttft_prefetch_over_off": ratio(0.99, pairs),
+        "p99_ttft_prefetch_over_off_interval": (percentile(spread, 0.025), percentile(spread, 0.975)),
+        "p90_ttft_prefetch_over_off": ratio(0.9, pairs),
+        "p50_ttft_prefetch_over_off": ratio(0.5, pairs),
         "p99_ttft_off_ms": 1e3 * percentile(every, 0.99),
         "p50_ttft_off_ms": 1e3 * percentile(every, 0.5),
         "requests_each_way": len(every),
@@ -517,7 +521,7 @@ def main() -> None:
         "registered": lambda: registered(bench, few, many, repeats),
         "cold_and_warm": lambda: cold_and_warm(bench, some, short, working_set, 2 * repeats),
         "pressure": lambda: pressure(bench, some, working_set, repeats),
-        "churn": lambda: dict(churn(bench, large, working_set, repeats)),
+        "churn": lambda: churn(bench, large, working_set, repeats),
     }
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} at the start",

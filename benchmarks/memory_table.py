@@ -29,8 +29,9 @@ def table(results: Mapping[str, Any]) -> str:
     def two(name: str) -> str:
         return " and ".join(one(f"{name}_{pages}_pages") for pages in ("warm", "cold"))
 
-    def churn(disk: str) -> str:
-        return f"{results[f'p99_ttft_prefetch_over_off{disk}']:.2f}"
+    def churn(storage: str) -> str:
+        low, high = results[f"p99_ttft_prefetch_over_off_interval{storage}"]
+        return f"{results[f'p99_ttft_prefetch_over_off{storage}']:.2f} ({low:.2f} to {high:.2f})"
 
     stalls = " and ".join(
         f"{results[f'stall_ms_per_request{disk}']:.1f} instead of {results[f'stall_ms_per_request_off{disk}']:.1f}"

@@ -2,8 +2,8 @@
 // It knows nothing of what it runs.
 // Read first: threads spin at a barrier, since phases last microseconds, and give the core away when one takes longer;
 // between calls they spin for a moment and then sleep. A thread whose core somebody else takes in the middle of a phase
-// holds up all others until it has it back. So work of others can be handed to the team, which does it at barriers; and
-// where a phase asks what is done, and not who has come, the last thread stays away while guests need its core.
+// holds up all others until it has it back. So work of others can be handed to the team, which does it between phases;
+// and since a phase ends when its items are done, whoever did them, the last thread stays away while guests need its core.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <immintrin.h>
@@ -32,16 +33,15 @@ class Team {
 
   int size() const { return size_; }
 
-  // Run work(rank) on every thread of the team; returns when all have returned. With `lends` the work meets by what is
-  // done (`meet`) and lets the last thread off (`make_way`).
-  void run(const std::function<void(int)>& work, bool lends = false) {
+  // Run work(rank) on every thread of the team; returns when all have returned.
+  void run(const std::function<void(int)>& work) {
     std::lock_guard<std::mutex> alone(mutex_);
-    set_running(true, lends);
+    set_running(true, true);
     work_ = &work;
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
     work(0);
-    if (lends) set_running(true, false);  // nothing is left to do: who stayed away comes back
+    set_running(true, false);  // nothing is left to do: who stayed away comes back
     barrier();
     set_running(false, false);
   }
@@ -83,9 +83,11 @@ class Team {
     return true;
   }
 
-  // Between two items of a run that lends: the last thread stays away as long as there are guests.
-  void make_way(int rank) {
-    if (!guests_.load(std::memory_order_relaxed) || rank + 1 != size_) return;
+  // Whether a thread should stay away now.
+  bool is_lent(int rank) const { return guests_.load(std::memory_order_relaxed) && rank + 1 == size_; }
+
+  // Stay away as long as there are guests and something is left to do.
+  void stay_away() {
     std::unique_lock<std::mutex> lock(errands_mutex_);
     const auto wanted = [&] { return lends_ && guests_.load(std::memory_order_relaxed); };
     if (!wanted()) return;
@@ -102,9 +104,14 @@ class Team {
     for (int spins = 0; !share.over(); ++spins) pause(spins);
   }
 
+ private:
+  struct Errand {
+    const std::function<void(int64_t)>& piece;
+    int64_t count, next = 0, done = 0;
+  };
+
   // Wait for all threads of the team.
   void barrier() {
-    if (open_.load(std::memory_order_relaxed)) help();
     if (size_ == 1) return;
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
@@ -114,12 +121,6 @@ class Team {
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) pause(spins);
   }
-
- private:
-  struct Errand {
-    const std::function<void(int64_t)>& piece;
-    int64_t count, next = 0, done = 0;
-  };
 
   static int num_cores() {
     cpu_set_t cores;
@@ -212,22 +213,36 @@ class Share {
   // What is whose before anybody takes over.
   static int64_t begin(int64_t count, int rank, int size) { return count * rank / size; }
 
-  // With a team that lends, its last thread may stay away before each item.
-  template <class F>
-  void each(int64_t count, int rank, F&& work, Team* lender = nullptr) {
+  // Calls work(item) for the items of one thread, and before the first of them before(): a thread that has none may come
+  // when other threads are phases further, so that without an item it must not look at what phases write.
+  template <class Begin, class Work>
+  void each(int64_t count, int rank, Team& team, Begin&& before, Work&& work) {
     const int size = int(next_.size());
+    int64_t mine = 0;
+    bool begun = false;
     end_->count.store(count, std::memory_order_relaxed);
     for (int turn = 0; turn < size; ++turn) {
       const int whose = (rank + turn) % size;
       const int64_t first = begin(count, whose, size), end = begin(count, whose + 1, size);
       for (;;) {
-        if (lender) lender->make_way(rank);
+        if (team.is_lent(rank)) {
+          end_->done.fetch_add(std::exchange(mine, 0), std::memory_order_release);
+          team.stay_away();
+        }
         const int64_t item = first + next_[whose].value.fetch_add(1, std::memory_order_relaxed);
         if (item >= end) break;
+        if (!begun) before();
+        begun = true;
         work(item);
-        if (lender) end_->done.fetch_add(1, std::memory_order_release);
+        ++mine;
       }
     }
+    if (mine) end_->done.fetch_add(mine, std::memory_order_release);
+  }
+
+  template <class Work>
+  void each(int64_t count, int rank, Team& team, Work&& work) {
+    each(count, rank, team, [] {}, work);
   }
 
  private:

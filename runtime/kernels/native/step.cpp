@@ -1,6 +1,6 @@
 // A range of layers of a Llama-family model over the tokens of one step, on a CPU: one call, one team of threads.
 // It knows nothing of requests, tasks or Python objects; callers own every pointer that they pass.
-// Read first: `gr_layers`. Between two barriers every thread takes items of one phase: tokens, heads or blocks of 16
+// Read first: `gr_layers`. From one meeting to the next every thread takes items of one phase: tokens, heads or blocks of 16
 // outputs. What a token gets depends on nothing but its own sequence, so a batch and a single request agree bit for bit.
 #include <chrono>
 #include <memory>
@@ -196,15 +196,8 @@ struct Step {
   Pairs* record;  // [L, tokens] or null: the experts that each token used
   bool alone;     // no two tokens of the same slot
 
-  // Whether all that threads do is items: so it is with many tokens and without experts, as where a prompt begins.
-  bool lends() const { return !stage && !alone && !few(); }
-  Team* lender() const { return lends() ? &m.team : nullptr; }
-
   // Wait for the end of a phase.
-  void meet(const Share& share) const {
-    if (lends()) m.team.meet(share);
-    else m.team.barrier();
-  }
+  void meet(const Share& share) const { m.team.meet(share); }
 
   float* shrunk(int64_t t, int which) const { return m.s.shrunk + (t * 3 + which) * m.s.max_k * m.s.max_rank; }
 
@@ -219,19 +212,31 @@ struct Step {
   template <class Row, class Then>
   void feed(Share& share, int rank, const Matrix& matrix, const Input& in, Row&& row, Then&& then) const {
     const int64_t tiles = up(tokens, TILE) / TILE;
-    if (few() && tiles % m.team.size()) {
-      const int64_t first = Share::begin(matrix.groups, rank, m.team.size());
-      const int64_t last = Share::begin(matrix.groups, rank + 1, m.team.size());
-      for (int64_t t = 0; t < tokens; ++t) prepare(matrix.kind, in, t, row(t), matrix.cols, first, last);
-      share.each(tokens, rank, then, lender());
+    if (const int size = m.team.size(); few() && tiles % size) {
+      // Of the items of each thread the first are columns, the others tokens.
+      const int64_t items = tokens + size;
+      bool has_rows = false;
+      share.each(items, rank, m.team, [&](int64_t item) {
+        int whose = size - 1;
+        while (item < Share::begin(items, whose, size)) --whose;
+        if (item > Share::begin(items, whose, size)) {
+          const int64_t t = item - whose - 1;
+          if (!has_rows) row(t);
+          then(t);
+          return;
+        }
+        const int64_t first = Share::begin(matrix.groups, whose, size), last = Share::begin(matrix.groups, whose + 1, size);
+        for (int64_t t = 0; t < tokens; ++t) prepare(matrix.kind, in, t, row(t), matrix.cols, first, last);
+        has_rows = true;
+      });
       return;
     }
-    share.each(tiles, rank, [&](int64_t tile) {
+    share.each(tiles, rank, m.team, [&](int64_t tile) {
       for (int64_t t = tile * TILE; t < std::min((tile + 1) * TILE, tokens); ++t) {
         prepare(matrix.kind, in, t, row(t), matrix.cols, 0, matrix.groups);
         then(t);
       }
-    }, lender());
+    });
   }
 
   // Where this thread has its copy of a token's normed row.
@@ -426,19 +431,22 @@ struct Step {
   // For every run of up to RUN blocks of 16 outputs and every tile of tokens: done(first output, token, tokens,
   // products, blocks).
   // What it gets does not cross a multiple of `border` outputs. With `parts` 2 two matrices alternate block by block;
-  // the products of the second then follow those of the first, RUN later.
-  template <class Done>
+  // the products of the second then follow those of the first, RUN later. before() comes before a thread's first item.
+  template <class Before, class Done>
   void product(Share& share, int rank, const Matrix& matrix, const Input& in, int64_t border, int parts,
-               const Linears* linears, Done&& done) const {
+               const Linears* linears, Before&& before, Done&& done) const {
     const int64_t blocks = matrix.blocks / parts, per_border = std::max<int64_t>(1, border / LANES);
     const bool even = blocks % (RUN * m.team.size()) == 0;  // fewer pieces, but no thread with one more than another
     const int64_t run = linears && even ? RUN : 2, items = up(blocks, run) / run, tiles = up(tokens, TILE) / TILE;
     const int64_t asks = tiles * parts * (run / 2) * (up(matrix.groups, GROUPS) / GROUPS);  // in an item
     Upcoming& upcoming = m.desks[rank].upcoming;
-    upcoming.phase.spread(items / m.team.size() * asks);
-    upcoming.item.clear();
     int64_t expected = -1;  // the item whose experts are asked for already
-    share.each(items, rank, [&](int64_t item) {
+    const auto begin = [&] {
+      before();
+      upcoming.phase.spread(items / m.team.size() * asks);
+      upcoming.item.clear();
+    };
+    share.each(items, rank, m.team, begin, [&](int64_t item) {
       const int64_t first = item * run, last = std::min(first + run, blocks);
       const bool begins = linears && linears->begins(first * LANES, last * LANES, parts == 2);
       if (linears && few() && (begins || item != expected)) {
@@ -465,7 +473,7 @@ struct Step {
         }
         pieces([&](int64_t block, int n) { done(block * LANES, t, count, out + (block - first), n); });
       }
-    }, lender());
+    });
   }
 
   // Where the keys or values of an item of the attention begin: one token's heads of one group.
@@ -529,16 +537,16 @@ struct Step {
     float* scratch = m.desks[rank].scores.data();
     const int64_t items = tokens * c.kv_heads;
     fetch_cache<C>(index, Share::begin(items, rank, m.team.size()));
-    first.each(items, rank, [&](int64_t item) {
+    first.each(items, rank, m.team, [&](int64_t item) {
       m.desks[rank].upcoming.ask();
       place<C>(index, item / c.kv_heads, item % c.kv_heads);
       if (alone) attend_head<C>(index, item, scratch);
-    }, lender());
+    });
     meet(first);
     if (alone) return;
-    second.each(items, rank, [&](int64_t item) {
+    second.each(items, rank, m.team, [&](int64_t item) {
       attend_head<C>(index, item, scratch);
-    }, lender());
+    });
     meet(second);
   }
 
@@ -560,12 +568,13 @@ struct Step {
     const int64_t begins[] = {0, q_width, q_width + kv_width}, widths[] = {q_width, kv_width, kv_width};
     Desk& desk = m.desks[rank];
     Stretches& wanted = desk.upcoming.phase;
-    wanted.clear();
-    if (in_attention) {
+    const auto before_qkv = [&] {
+      wanted.clear();
+      if (!in_attention) return;
       sort_out(index, rank, m.for_qkv);
       expect(index, rank, BOTH, m.for_out);
-    }
-    product(share[1], rank, l.qkv, s.normed, c.head_width, 1, in_attention ? &m.for_qkv : nullptr,
+    };
+    product(share[1], rank, l.qkv, s.normed, c.head_width, 1, in_attention ? &m.for_qkv : nullptr, before_qkv,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       const int part = part_of(o);
       if (in_attention) add(desk, t, part, o - begins[part], widths[part], y, count);
@@ -593,8 +602,10 @@ struct Step {
     });
     meet(share[4]);
     clock.mark(4);
-    if (in_attention) sort_out(index, rank, m.for_out);
-    product(share[5], rank, l.out, s.attended, c.width, 1, in_attention ? &m.for_out : nullptr,
+    const auto before_out = [&] {
+      if (in_attention) sort_out(index, rank, m.for_out);
+    };
+    product(share[5], rank, l.out, s.attended, c.width, 1, in_attention ? &m.for_out : nullptr, before_out,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       if (in_attention) add(desk, t, 0, o, c.width, y, count);
       for (int64_t i = 0; i < n; ++i) {
@@ -609,11 +620,13 @@ struct Step {
     });
     meet(share[6]);
     clock.mark(6);
-    wanted.clear();
-    if (stage) sort_out(index, rank, m.for_gate_up);
-    foresee(index + 1, true);
-    expect(index, rank, BOTH, m.for_down);
-    product(share[7], rank, l.gate_up, s.normed, c.ffn, 2, stage ? &m.for_gate_up : nullptr,
+    const auto before_gate_up = [&] {
+      wanted.clear();
+      if (stage) sort_out(index, rank, m.for_gate_up);
+      foresee(index + 1, true);
+      expect(index, rank, BOTH, m.for_down);
+    };
+    product(share[7], rank, l.gate_up, s.normed, c.ffn, 2, stage ? &m.for_gate_up : nullptr, before_gate_up,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       if (stage) add(desk, t, 0, o, c.ffn, y, count);
       if (stage) add(desk, t, 1, o, c.ffn, y + RUN, count);
@@ -628,13 +641,15 @@ struct Step {
     feed(share[8], rank, l.down, s.gated, inner, [&](int64_t t) { reduce(index, t, rank, inner(t), c.ffn, {DOWN}); });
     meet(share[8]);
     clock.mark(8);
-    wanted.clear();
-    if (in_attention) {
-      expect_routers(index + 1, rank);
-      expect(index + 1, rank, FIXED, m.for_qkv);
-    }
-    if (stage) sort_out(index, rank, m.for_down);
-    product(share[9], rank, l.down, s.gated, c.width, 1, stage ? &m.for_down : nullptr,
+    const auto before_down = [&] {
+      wanted.clear();
+      if (in_attention) {
+        expect_routers(index + 1, rank);
+        expect(index + 1, rank, FIXED, m.for_qkv);
+      }
+      if (stage) sort_out(index, rank, m.for_down);
+    };
+    product(share[9], rank, l.down, s.gated, c.width, 1, stage ? &m.for_down : nullptr, before_down,
             [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       if (stage) add(desk, t, 0, o, c.width, y, count);
       for (int64_t i = 0; i < n; ++i) {
@@ -720,7 +735,7 @@ int gr_layers(void* handle, float* hidden, int64_t tokens, int64_t begin, int64_
   const Step step{m, hidden, tokens, positions, slots, rows, stage, record, alone != 0};
   m.team.run([&](int rank) {
     for (int64_t index = begin; index < end; ++index) step.layer(index, rank);
-  }, step.lends());
+  });
   return 0;
 }
 
@@ -743,8 +758,8 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
   m.team.run([&](int rank) {
     m.desks[rank].upcoming.phase.clear();
     step.feed(m.shares[0], rank, m.head, m.s.normed, step.norming(rank, hidden, m.final_norm), [](int64_t) {});
-    m.team.barrier();
-    step.product(m.shares[1], rank, m.head, m.s.normed, m.c.vocabulary, 1, nullptr,
+    step.meet(m.shares[0]);
+    step.product(m.shares[1], rank, m.head, m.s.normed, m.c.vocabulary, 1, nullptr, [] {},
                  [&](int64_t o, int64_t t, int64_t n, float (*y)[TILE][LANES], int count) {
       for (int64_t i = 0; i < n; ++i) {
         for (int k = 0; k < count; ++k) put(logits + (t + i) * m.c.vocabulary, o + k * LANES, m.c.vocabulary, y[k][i]);
@@ -797,10 +812,10 @@ int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t to
   m.team.run([&](int rank) {
     m.desks[rank].upcoming.phase.clear();
     step.feed(m.shares[0], rank, matrix, in, [&](int64_t t) { return x + t * matrix.cols; }, [](int64_t) {});
-    m.team.barrier();
+    step.meet(m.shares[0]);
     const int parts = which == 2 ? 2 : 1;
     const int64_t rows = matrix.rows / parts;
-    step.product(m.shares[1], rank, matrix, in, rows, parts, nullptr,
+    step.product(m.shares[1], rank, matrix, in, rows, parts, nullptr, [] {},
                  [&](int64_t o, int64_t t, int64_t n, float (*x)[TILE][LANES], int count) {
       for (int64_t i = 0; i < n; ++i) {
         for (int k = 0; k < parts * count; ++k) {
