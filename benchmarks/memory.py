@@ -393,7 +393,7 @@ def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) ->
 def churn_on(
     bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int, *, num_loaders: int = 2
 ) -> dict[str, object]:
-    """One storage's part of it: rounds of 50 requests; ratios of all of them, and where 95 % lie if rounds are drawn anew.
+    """One storage's part of it: rounds of 50 requests; ratios of all, and where 95 % lie when rounds are drawn anew.
 
     Short answers of 16 tasks, each as likely, large experts, room for half of them, nothing of them in the page cache.
     Requests come at random, half as many a second as could be answered without guesses.
