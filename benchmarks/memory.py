@@ -43,6 +43,7 @@ from runtime.engine.request import Event, Failed, Finished, Request, SamplingPar
 from runtime.engine.step_model import make_step_model
 from runtime.engine.step_protocol import StepModel
 from runtime.kernels.inspection import Inspected, Inspector
+from runtime.kernels.lent_core import waiting
 from runtime.memory.memory import ExpertMemory
 from runtime.memory.visible import VisibleSets
 from runtime.model.base import BaseModel, load_base, resolve_base
@@ -364,7 +365,7 @@ class SlowStorage(Repertoire):
         inspector: Inspector | None = None,
     ) -> list[Inspected]:
         """As `Repertoire.read_units`, later."""
-        with (inspector or Inspector()).waiting():
+        with waiting():
             if self._bytes_per_s is not None:
                 with self._volume:
                     time.sleep(sum(unit.bytes for unit in units) / self._bytes_per_s)
@@ -375,7 +376,8 @@ class SlowStorage(Repertoire):
 
     def read_tensors(self, digest: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         """As `Repertoire.read_tensors`, later."""
-        time.sleep(self._first_byte_s)
+        with waiting():
+            time.sleep(self._first_byte_s)
         return super().read_tensors(digest, shapes)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from runtime.kernels.inspection import Inspected, Inspector, NativeInspector, native_inspector
+from runtime.kernels.lent_core import beside, waiting
 from runtime.kernels.native_step import NativeStep, StepShape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -152,9 +153,9 @@ def test_who_looks_and_computes_beside_a_step_gets_digests_and_the_step_computes
 
     def look() -> None:
         while not ended.is_set():
-            with step.inspector.beside():
+            with beside(step):
                 found = digests(step.inspector.look(pieces, torch.float32))
-                with step.inspector.waiting():
+                with waiting():
                     pass
                 hashlib.sha256(pieces[0]).digest()
             turns.append(1)
@@ -174,9 +175,9 @@ def test_who_looks_and_computes_beside_a_step_gets_digests_and_the_step_computes
 
 
 def test_a_thread_may_wait_or_leave_without_having_come(step: NativeStep) -> None:
-    with step.inspector.waiting():
+    with waiting():
         pass
-    with step.inspector.beside(), step.inspector.waiting():
+    with beside(step), waiting():
         pass
     assert passed(step, 60).isfinite().all()
 
@@ -184,6 +185,6 @@ def test_a_thread_may_wait_or_leave_without_having_come(step: NativeStep) -> Non
 def test_looking_goes_on_without_the_team_when_the_step_is_closed(step: NativeStep) -> None:
     step.close()
     pieces = pieces_of([1000, 64])
-    with step.inspector.beside(), step.inspector.waiting():
+    with beside(step), waiting():
         found = step.inspector.look(pieces, torch.float32)
     assert digests(found) == [hashlib.sha256(piece).hexdigest() for piece in pieces]

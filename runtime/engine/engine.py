@@ -42,6 +42,7 @@ from runtime.errors import (
     UnavailableError,
 )
 from runtime.kernels.graph_capture import Capture
+from runtime.kernels.lent_core import beside
 from runtime.memory.visible import VisibleSets
 from runtime.model.base_tokenizer import BaseTokenizer
 from runtime.model.generation import Generation
@@ -181,7 +182,7 @@ class Engine:
             raise
         self._wake()
         if self._options.prefetch:  # while the prompt is on its way already
-            with self._model.inspector.beside():
+            with beside(self._model.lender):
                 self._casting.guess(sequence)
 
     @contextmanager

@@ -12,8 +12,7 @@ import ctypes
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -69,16 +68,6 @@ class Inspector:
         ends = accumulate(piece.nbytes for piece in pieces)
         return self.look([piece for piece, end in zip(pieces, ends, strict=True) if end <= got], dtype)
 
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """While the block runs, this thread computes beside a step, and should hold it up as little as can be."""
-        yield
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While the block runs, within `beside` or not, this thread waits and needs no core."""
-        yield
-
 
 class NativeInspector(Inspector):
     """The same in native code.
@@ -92,8 +81,7 @@ class NativeInspector(Inspector):
 
     def __init__(self, library: Path, *, model: ctypes.c_void_p | None = None) -> None:
         self._model = model
-        self._library = ctypes.CDLL(str(library))
-        self._inspect = self._library.gr_inspect
+        self._inspect = ctypes.CDLL(str(library)).gr_inspect
         self._inspect.restype = ctypes.c_int64
 
     def look(self, pieces: Sequence[memoryview], dtype: torch.dtype) -> list[Inspected]:
@@ -107,28 +95,6 @@ class NativeInspector(Inspector):
         """As `Inspector.read`."""
         found = self._run(descriptor, place, pieces, dtype, wait=wait)
         return super().read(descriptor, place, pieces, dtype, wait=wait) if found is None else found
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """As `Inspector.beside`: where a prompt begins, and has all cores, one of them is lent."""
-        if not self._model:
-            yield
-            return
-        self._library.gr_enter(self._model)
-        try:
-            yield
-        finally:
-            self._library.gr_leave(self._model)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """As `Inspector.waiting`."""
-        lent = self._model and self._library.gr_leave(self._model)
-        try:
-            yield
-        finally:
-            if lent:
-                self._library.gr_enter(self._model)
 
     def _run(
         self, descriptor: int, place: int, pieces: Sequence[memoryview], dtype: torch.dtype, *, wait: bool

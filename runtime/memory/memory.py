@@ -303,23 +303,22 @@ class ExpertMemory:
                     fetch(layers)
                 fetch_s = (time.perf_counter() - started) / len(layers)
         started = time.perf_counter()
-        read = [slot.wanted.attempt() if slot.value is None else (slot.value, None) for slot in run]
+        read = [(slot, *((slot.value, None) if slot.resident else slot.wanted.attempt())) for slot in run]
         seconds = (time.perf_counter() - started) / len(run) + fetch_s
         with self._lock:
-            claimed = [
-                value is not None and self._tier.claim(slot.wanted) for slot, (value, _) in zip(run, read, strict=True)
-            ]
-        placed = [
-            self._tier.put(slot.wanted.key, value) if has_room and value is not None else None
-            for slot, (value, _), has_room in zip(run, read, claimed, strict=True)
-        ]
+            claimed = {slot for slot, value, _ in read if value is not None and self._tier.claim(slot.wanted)}
+        placed = {
+            slot: self._tier.put(slot.wanted.key, value)
+            for slot, value, _ in read
+            if value is not None and slot in claimed
+        }
         with self._lock:
-            for slot, (value, error), has_room, there in zip(run, read, claimed, placed, strict=True):
-                if has_room:
+            for slot, value, error in read:
+                if slot in claimed:
                     self._tier.let_go(slot.wanted.key)
                 if not slot.resident:
                     self._settle(slot, value, error, seconds)
-                self._hand_out(slot, there)
+                self._hand_out(slot, placed.get(slot))
 
     def _settle(self, slot: Slot, value: Held | None, error: GreenroomError | None, seconds: float) -> None:
         slot.load_s = seconds

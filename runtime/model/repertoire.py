@@ -42,7 +42,7 @@ from runtime.model.layout import (
 )
 from runtime.model.lease import shared_lease
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit, parse_manifest
-from runtime.model.side_by_side import Allocate, fresh_memory, read_header, read_side_by_side
+from runtime.model.side_by_side import Allocate, fresh_memory, read_header, read_side_by_side, read_whole
 from runtime.model.signature import Signer, TrustPolicy
 from runtime.model.small_blob import small_tensors
 
@@ -210,8 +210,7 @@ class Repertoire:
         except FileNotFoundError as error:
             raise BlobMissingError(f"blob {digest} is not on disk") from error
         try:
-            data = bytearray(os.fstat(descriptor).st_size)
-            os.preadv(descriptor, [data], 0)
+            data = read_whole(descriptor)
         finally:
             os.close(descriptor)
         if hashlib.sha256(data).hexdigest() != digest:

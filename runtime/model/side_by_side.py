@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from runtime.errors import BlobTruncatedError, TensorMismatchError
 from runtime.kernels.inspection import Inspected, Inspector
+from runtime.kernels.lent_core import waiting
 from runtime.model.expert import DTYPES
 from runtime.model.manifest import ExpertSet, Unit
 
@@ -48,7 +49,7 @@ def read_side_by_side(
             return len(read) == end
 
         if not more(wait=False):
-            with inspector.waiting():
+            with waiting():
                 _bring(descriptor, entry, units[len(read)], unit)
             if not (more(wait=False) or more(wait=True)):
                 raise BlobTruncatedError(f"blob {entry.digest}: layer {units[len(read)].layer} ends early")
@@ -65,6 +66,19 @@ def _bring(descriptor: int, entry: ExpertSet, first: Unit, last: Unit) -> None:
         length = 0 if first is entry.units[0] else end - first.offset  # 0: to the end of the file
         os.posix_fadvise(descriptor, first.offset, length, os.POSIX_FADV_WILLNEED)
     os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
+
+
+def read_whole(descriptor: int) -> bytearray:
+    """All bytes of a small open file."""
+    data = bytearray(os.fstat(descriptor).st_size)
+    try:
+        there = os.preadv(descriptor, [data], 0, os.RWF_NOWAIT) == len(data)
+    except (OSError, AttributeError):  # as in `Inspector.read`
+        there = False
+    if not there:
+        with waiting():
+            os.preadv(descriptor, [data], 0)
+    return data
 
 
 def read_header(descriptor: int, entry: ExpertSet) -> bytes:

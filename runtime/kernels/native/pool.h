@@ -74,13 +74,11 @@ class Team {
     come(lock);
   }
 
-  // Whether it was one that had entered.
-  bool leave() {
-    if (!is_guest) return false;
+  void leave() {
+    if (!is_guest) return;
     std::unique_lock<std::mutex> lock(errands_mutex_);
     is_guest = false;
     go(lock);
-    return true;
   }
 
   // Whether a thread should stay away now.

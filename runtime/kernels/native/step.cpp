@@ -791,10 +791,9 @@ int64_t gr_inspect(void* handle, int file, int wait, int64_t place, uint8_t* con
   return whole;
 }
 
-// The calling thread, which is not of the team, needs a core until it leaves; see Team::enter. The second returns 1 where
-// it did.
+// The calling thread, which is not of the team, needs a core until it leaves; see Team::enter.
 void gr_enter(void* handle) { static_cast<Model*>(handle)->team.enter(); }
-int gr_leave(void* handle) { return static_cast<Model*>(handle)->team.leave(); }
+void gr_leave(void* handle) { static_cast<Model*>(handle)->team.leave(); }
 
 // y [tokens, rows] = W x [tokens, cols] for one matrix of a layer (as in gr_set), or the head.
 int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t tokens, float* y) {
