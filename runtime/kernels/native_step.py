@@ -84,7 +84,7 @@ class NativeStep:
         self.inspector = native_inspector(library, model=self._handle)
 
     def close(self) -> None:
-        """Free the weights and stop the threads; idempotent."""
+        """Free the weights and stop the threads, when nobody else uses them any more; idempotent."""
         if self._handle:
             self._library.gr_destroy(self._handle)
             self._handle.value = None  # the inspector's too: it goes on without the team

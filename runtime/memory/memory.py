@@ -307,11 +307,8 @@ class ExpertMemory:
         seconds = (time.perf_counter() - started) / len(run) + fetch_s
         with self._lock:
             claimed = {slot for slot, value, _ in read if value is not None and self._tier.claim(slot.wanted)}
-        placed = {
-            slot: self._tier.put(slot.wanted.key, value)
-            for slot, value, _ in read
-            if value is not None and slot in claimed
-        }
+        loaded = ((slot, value) for slot, value, _ in read if value is not None and slot in claimed)
+        placed = {slot: self._tier.put(slot.wanted.key, value) for slot, value in loaded}
         with self._lock:
             for slot, value, error in read:
                 if slot in claimed:

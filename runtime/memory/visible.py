@@ -111,7 +111,10 @@ class VisibleSets:
         read_units = partial(
             self._repertoire.read_units, base=manifest.base, allocate=self._buffers.take, inspector=self._inspector
         )
-        sources = {entry.digest: _Source(self._repertoire, entry, manifest.base, read_units) for entry, _ in units}
+        sources = {
+            entry.digest: _Source(self._repertoire, entry, manifest.base, partial(read_units, entry))
+            for entry, _ in units
+        }
         rows: dict[object, tuple[tuple[int, int], ...]] = {}  # one set's layers mostly have the same ranks
         for entry, unit in units:
             form = (entry.layout, *unit.ranks.items())
@@ -145,7 +148,11 @@ class _Source:
     """One expert set on disk, and the bytes of those of its units that were fetched and not yet read."""
 
     def __init__(
-        self, repertoire: Repertoire, entry: ExpertSet, base: BaseRef, read_units: Callable[..., list[Inspected]]
+        self,
+        repertoire: Repertoire,
+        entry: ExpertSet,
+        base: BaseRef,
+        read_units: Callable[[Sequence[Unit]], list[Inspected]],
     ) -> None:
         self.entry = entry
         self._repertoire = repertoire
@@ -157,7 +164,7 @@ class _Source:
     def fetch(self, layers: Sequence[int]) -> None:
         """Read the bytes of these layers."""
         units = [unit for unit in self.entry.units if unit.layer in layers]
-        self._fetched.update({unit.layer: data for unit, data in zip(units, self._read(units), strict=True)})
+        self._fetched.update({unit.layer: data for unit, data in zip(units, self._read_units(units), strict=True)})
 
     def take(self, unit: Unit) -> Inspected | None:
         """The bytes of one that was fetched, which are nobody else's from now on; None of one that was not."""
@@ -166,15 +173,12 @@ class _Source:
     def read(self, unit: Unit, data: Inspected | None) -> Expert:
         """Check and parse one, after reading it where there are no bytes."""
         if data is None:
-            (data,) = self._read([unit])
+            (data,) = self._read_units([unit])
         form = self._forms.get(unit.layer)
         if form is None:
             like = next(iter(self._forms.values()), None)
             form = self._forms[unit.layer] = UnitForm(unit, self.entry, self._base, like=like)
         return self._repertoire.read_unit(self.entry, unit, self._base, data=data, form=form)
-
-    def _read(self, units: Sequence[Unit]) -> list[Inspected]:
-        return self._read_units(self.entry, units)
 
 
 def row_major(expert: Expert) -> Expert:

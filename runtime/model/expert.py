@@ -160,7 +160,7 @@ def blob_header(blob: bytes | bytearray) -> tuple[dict[str, dict[str, list[int]]
     return _entries(blob[8:start]), start
 
 
-def check_header(header: bytes, entry: ExpertSet, base: BaseRef) -> None:
+def check_header(header: bytes | bytearray, entry: ExpertSet, base: BaseRef) -> None:
     """Check that a blob holds exactly the tensors that its manifest entry declares, where it declares them.
 
     Args:

@@ -34,25 +34,31 @@ def read_side_by_side(
     Raises:
         BlobTruncatedError: the blob ends before a unit does.
     """
-    dtype = DTYPES[entry.dtype]
     buffers = [allocate(unit.bytes) for unit in units]
     read: list[Inspected] = []
     for end, unit in enumerate(units, start=1):
-        if end < len(units) and units[end].offset == unit.offset + unit.bytes:
-            continue
-
-        def more(*, wait: bool, end: int = end) -> bool:
-            """Read on; whether all that lies side by side is there."""
+        if end == len(units) or units[end].offset != unit.offset + unit.bytes:
             begin = len(read)
-            if begin < end:
-                read.extend(inspector.read(descriptor, units[begin].offset, buffers[begin:end], dtype, wait=wait))
-            return len(read) == end
+            read += _read_run(descriptor, entry, units[begin:end], buffers[begin:end], inspector)
+    return read
 
-        if not more(wait=False):
+
+def _read_run(
+    descriptor: int, entry: ExpertSet, units: Sequence[Unit], buffers: Sequence[memoryview], inspector: Inspector
+) -> list[Inspected]:
+    """Units that lie one after the other: those in the page cache, those that the disk brings there, and the rest."""
+    dtype = DTYPES[entry.dtype]
+    read = inspector.read(descriptor, units[0].offset, buffers, dtype, wait=False)
+    for wait in (False, True):
+        left = len(read)
+        if left == len(units):
+            break
+        if not wait:
             with waiting():
-                _bring(descriptor, entry, units[len(read)], unit)
-            if not (more(wait=False) or more(wait=True)):
-                raise BlobTruncatedError(f"blob {entry.digest}: layer {units[len(read)].layer} ends early")
+                _bring(descriptor, entry, units[left], units[-1])
+        read += inspector.read(descriptor, units[left].offset, buffers[left:], dtype, wait=wait)
+    if len(read) != len(units):
+        raise BlobTruncatedError(f"blob {entry.digest}: layer {units[len(read)].layer} ends early")
     return read
 
 
@@ -70,24 +76,30 @@ def _bring(descriptor: int, entry: ExpertSet, first: Unit, last: Unit) -> None:
 
 def read_whole(descriptor: int) -> bytearray:
     """All bytes of a small open file."""
-    data = bytearray(os.fstat(descriptor).st_size)
-    try:
-        there = os.preadv(descriptor, [data], 0, os.RWF_NOWAIT) == len(data)
-    except (OSError, AttributeError):  # as in `Inspector.read`
-        there = False
-    if not there:
-        with waiting():
-            os.preadv(descriptor, [data], 0)
-    return data
+    return _read(descriptor, os.fstat(descriptor).st_size, 0)
 
 
-def read_header(descriptor: int, entry: ExpertSet) -> bytes:
+def read_header(descriptor: int, entry: ExpertSet) -> bytearray:
     """The JSON at the beginning of an open blob.
 
     Raises:
         TensorMismatchError: there is no such header.
     """
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    length = int.from_bytes(_read(descriptor, 8, 0), "little")
     if not 0 < length <= min(_MAX_HEADER_BYTES, entry.bytes - 8):
         raise TensorMismatchError(f"blob {entry.digest}: a header of {length} bytes cannot be right")
-    return os.pread(descriptor, length, 8)
+    return _read(descriptor, length, 8)
+
+
+def _read(descriptor: int, num_bytes: int, place: int) -> bytearray:
+    """So many bytes, or as many as there are."""
+    data = bytearray(num_bytes)
+    try:
+        got = os.preadv(descriptor, [data], place, os.RWF_NOWAIT)
+    except (OSError, AttributeError):  # as in `Inspector.read`
+        got = 0
+    if got != num_bytes:
+        with waiting():
+            got = os.preadv(descriptor, [data], place)
+    del data[got:]
+    return data

@@ -1,7 +1,7 @@
-// A team of threads that runs one function at a time, with barriers inside it; the caller is one of the team.
+// A team of threads that runs one function at a time, phase by phase; the caller is one of the team.
 // It knows nothing of what it runs.
-// Read first: threads spin at a barrier, since phases last microseconds, and give the core away when one takes longer;
-// between calls they spin for a moment and then sleep. A thread whose core somebody else takes in the middle of a phase
+// Read first: threads meet where all items of a phase are done. There they spin, since phases last microseconds, and give
+// the core away when one takes longer; between calls they spin for a moment and then sleep. A thread whose core somebody else takes in the middle of a phase
 // holds up all others until it has it back. So work of others can be handed to the team, which does it between phases;
 // and since a phase ends when its items are done, whoever did them, the last thread stays away while guests need its core.
 #pragma once
@@ -47,38 +47,39 @@ class Team {
   }
 
   // Do piece(0) to piece(count - 1) for a thread that is not of the team; returns when all are done. While the team runs,
-  // each of its threads does one whenever it comes to a barrier; else the caller does them, and always where there are
-  // cores that the team does not use.
+  // each of its threads does one whenever it has come to the end of a phase; else the caller does them, and always where
+  // there are cores that the team does not use.
   void aside(int64_t count, const std::function<void(int64_t)>& piece) {
-    if (spare_cores_) {
+    if (spare_cores_ || count == 0) {
       for (int64_t i = 0; i < count; ++i) piece(i);
       return;
     }
     Errand errand{piece, count};
-    std::unique_lock<std::mutex> lock(errands_mutex_);
-    if (is_guest) go(lock);  // it will sleep
+    std::unique_lock<std::mutex> lock(mutex_of_others_);
+    const bool gone = guest_of == this && running_;  // it will sleep
+    if (gone) go();
     errands_.push_back(&errand);
     open_.store(int(errands_.size()), std::memory_order_relaxed);
     while (errand.done < count) {
       if (!running_ && errand.next < count) do_one(lock, errand);
       else changed_.wait(lock);
     }
-    if (is_guest) come(lock);
+    if (gone) come(lock);
   }
 
   // A thread that is not of the team needs a core from now until `leave`; returns once it has one, or none is lent.
   void enter() {
-    if (spare_cores_ || size_ == 1) return;
-    std::unique_lock<std::mutex> lock(errands_mutex_);
-    is_guest = true;
+    if (spare_cores_ || size_ == 1 || guest_of) return;
+    std::unique_lock<std::mutex> lock(mutex_of_others_);
+    guest_of = this;
     come(lock);
   }
 
   void leave() {
-    if (!is_guest) return;
-    std::unique_lock<std::mutex> lock(errands_mutex_);
-    is_guest = false;
-    go(lock);
+    if (guest_of != this) return;
+    std::unique_lock<std::mutex> lock(mutex_of_others_);
+    guest_of = nullptr;
+    go();
   }
 
   // Whether a thread should stay away now.
@@ -86,7 +87,7 @@ class Team {
 
   // Stay away as long as there are guests and something is left to do.
   void stay_away() {
-    std::unique_lock<std::mutex> lock(errands_mutex_);
+    std::unique_lock<std::mutex> lock(mutex_of_others_);
     const auto wanted = [&] { return lends_ && guests_.load(std::memory_order_relaxed); };
     if (!wanted()) return;
     away_ = true;
@@ -132,7 +133,7 @@ class Team {
 
   void set_running(bool running, bool lends) {
     if (spare_cores_) return;
-    std::lock_guard<std::mutex> lock(errands_mutex_);
+    std::lock_guard<std::mutex> lock(mutex_of_others_);
     const bool less = running_ > running || lends_ > lends;
     running_ = running;
     lends_ = lends;
@@ -144,12 +145,12 @@ class Team {
     while (lends_ && !away_) changed_.wait(lock);
   }
 
-  void go(std::unique_lock<std::mutex>&) {
+  void go() {
     if (guests_.fetch_sub(1, std::memory_order_relaxed) == 1) changed_.notify_all();
   }
 
   void help() {
-    std::unique_lock<std::mutex> lock(errands_mutex_);
+    std::unique_lock<std::mutex> lock(mutex_of_others_);
     if (!errands_.empty()) do_one(lock, *errands_.front());
   }
 
@@ -178,14 +179,15 @@ class Team {
 
   const int size_;
   const bool spare_cores_ = size_ < num_cores();
-  std::mutex errands_mutex_;  // guards what is no atomic of the next ones
+  // What those who are not of the team want of it; the mutex guards what is no atomic.
+  std::mutex mutex_of_others_;
   std::condition_variable changed_;
   std::vector<Errand*> errands_;  // that have pieces left
-  bool running_ = false, lends_ = false;
-  bool away_ = false;  // the last thread
-  std::atomic<int> guests_{0};
-  static thread_local inline bool is_guest = false;
   std::atomic<int> open_{0};  // how many these are
+  std::atomic<int> guests_{0};
+  bool running_ = false, lends_ = false;  // there is a run; something in it is left to do
+  bool away_ = false;  // the last thread
+  static thread_local inline const Team* guest_of = nullptr;
   std::mutex mutex_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> round_{0}, phase_{0};

@@ -531,13 +531,17 @@ struct Step {
     }
   }
 
-  template <class C>
-  void attention(int64_t index, Share& first, Share& second, int rank) const {
+  // before() comes before a thread's first item.
+  template <class C, class Before>
+  void attention(int64_t index, Share& first, Share& second, int rank, Before&& before) const {
     const Config& c = m.c;
     float* scratch = m.desks[rank].scores.data();
     const int64_t items = tokens * c.kv_heads;
-    fetch_cache<C>(index, Share::begin(items, rank, m.team.size()));
-    first.each(items, rank, m.team, [&](int64_t item) {
+    const auto begin = [&] {
+      before();
+      fetch_cache<C>(index, Share::begin(items, rank, m.team.size()));
+    };
+    first.each(items, rank, m.team, begin, [&](int64_t item) {
       m.desks[rank].upcoming.ask();
       place<C>(index, item / c.kv_heads, item % c.kv_heads);
       if (alone) attend_head<C>(index, item, scratch);
@@ -588,12 +592,14 @@ struct Step {
     });
     meet(share[1]);
     clock.mark(1);
-    foresee(index + 1, false);
-    expect_routers(index, rank);
-    expect(index, rank, FIXED, m.for_gate_up);  // experts of the FFN are half of all: it begins early
-    wanted.spread(2 * up(tokens * c.kv_heads, m.team.size()) / m.team.size());
-    if (m.cache.halves) attention<bf16>(index, share[2], share[3], rank);
-    else attention<float>(index, share[2], share[3], rank);
+    const auto before_attention = [&] {
+      foresee(index + 1, false);
+      expect_routers(index, rank);
+      expect(index, rank, FIXED, m.for_gate_up);  // experts of the FFN are half of all: it begins early
+      wanted.spread(2 * up(tokens * c.kv_heads, m.team.size()) / m.team.size());
+    };
+    if (m.cache.halves) attention<bf16>(index, share[2], share[3], rank, before_attention);
+    else attention<float>(index, share[2], share[3], rank, before_attention);
     clock.mark(2);
 
     const auto mixed = [&](int64_t t) { return s.mixed + t * q_width; };
@@ -769,26 +775,31 @@ int gr_logits(void* handle, const float* hidden, int64_t tokens, float* logits) 
   return 0;
 }
 
-// Look at `count` pieces, see inspect.h; where there is a model, its team does the work between phases while it computes.
+// Look at `count` pieces, see inspect.h; where there is a model, and no disk to wait for, its team does the work between
+// phases while it computes.
 int64_t gr_inspect(void* handle, int file, int wait, int64_t place, uint8_t* const* data, const int64_t* sizes,
                    int64_t count, uint32_t mask, uint8_t* digests, uint8_t* finite) {
   const Pieces all{file, wait, place, data, sizes, mask, digests, finite};
   if (!handle || wait) return inspect(all, count);
   constexpr int64_t TOGETHER = 2;
-  std::vector<int64_t> places{place}, done(up(count, TOGETHER) / TOGETHER);
-  for (int64_t i = 0; i < count; ++i) places.push_back(places.back() + sizes[i]);
-  static_cast<Model*>(handle)->team.aside(int64_t(done.size()), [&](int64_t pair) {
-    const int64_t first = pair * TOGETHER;
-    const Pieces some{file, wait, places[first], data + first, sizes + first, mask, digests + 32 * first, finite + first};
-    done[pair] = inspect(some, std::min(TOGETHER, count - first));
-  });
-  int64_t whole = 0;
-  for (size_t pair = 0; pair < done.size(); ++pair) {
-    if (done[pair] < 0) return done[pair];
-    whole += done[pair];
-    if (whole < std::min(int64_t(pair + 1) * TOGETHER, count)) break;
+  try {
+    std::vector<int64_t> places{place}, done(up(count, TOGETHER) / TOGETHER);
+    for (int64_t i = 0; i < count; ++i) places.push_back(places.back() + sizes[i]);
+    static_cast<Model*>(handle)->team.aside(int64_t(done.size()), [&](int64_t pair) {
+      const int64_t first = pair * TOGETHER;
+      const Pieces some{file, wait, places[first], data + first, sizes + first, mask, digests + 32 * first, finite + first};
+      done[pair] = inspect(some, std::min(TOGETHER, count - first));
+    });
+    int64_t whole = 0;
+    for (size_t pair = 0; pair < done.size(); ++pair) {
+      if (done[pair] < 0) return done[pair];
+      whole += done[pair];
+      if (whole < std::min(int64_t(pair + 1) * TOGETHER, count)) break;
+    }
+    return whole;
+  } catch (const std::bad_alloc&) {
+    return inspect(all, count);
   }
-  return whole;
 }
 
 // The calling thread, which is not of the team, needs a core until it leaves; see Team::enter.
