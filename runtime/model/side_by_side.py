@@ -62,6 +62,13 @@ def _read_run(
     return read
 
 
+def bring_absent(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) -> None:
+    """Where the page cache lacks the beginning of a blob, wait for that and for these units at once."""
+    if _read_cached(descriptor, bytearray(1), 0) == 0:
+        with waiting():
+            _bring(descriptor, entry, units[0], units[-1])
+
+
 def _bring(descriptor: int, entry: ExpertSet, first: Unit, last: Unit) -> None:
     """Wait until the disk has brought these into the page cache, as far as it can be known.
 
@@ -69,8 +76,9 @@ def _bring(descriptor: int, entry: ExpertSet, first: Unit, last: Unit) -> None:
     """
     end = last.offset + last.bytes
     if hasattr(os, "posix_fadvise"):
-        length = 0 if first is entry.units[0] else end - first.offset  # 0: to the end of the file
-        os.posix_fadvise(descriptor, first.offset, length, os.POSIX_FADV_WILLNEED)
+        whole = first is entry.units[0]
+        place, length = (0, 0) if whole else (first.offset, end - first.offset)  # 0: to the end of the file
+        os.posix_fadvise(descriptor, place, length, os.POSIX_FADV_WILLNEED)
     os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
 
 
@@ -94,12 +102,17 @@ def read_header(descriptor: int, entry: ExpertSet) -> bytearray:
 def _read(descriptor: int, num_bytes: int, place: int) -> bytearray:
     """So many bytes, or as many as there are."""
     data = bytearray(num_bytes)
-    try:
-        got = os.preadv(descriptor, [data], place, os.RWF_NOWAIT)
-    except (OSError, AttributeError):  # as in `Inspector.read`
-        got = 0
+    got = _read_cached(descriptor, data, place)
     if got != num_bytes:
         with waiting():
             got = os.preadv(descriptor, [data], place)
     del data[got:]
     return data
+
+
+def _read_cached(descriptor: int, data: bytearray, place: int) -> int:
+    """Fill memory with what the page cache has; returns how many bytes."""
+    try:
+        return os.preadv(descriptor, [data], place, os.RWF_NOWAIT)
+    except (OSError, AttributeError):  # as in `Inspector.read`
+        return 0
