@@ -76,6 +76,7 @@ class RecordingModel(LlamaModel):
 @pytest.fixture(autouse=True)
 def _layers_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.memory.memory, "_RUN_BYTES", 1)
+    monkeypatch.setattr(runtime.memory.memory, "_RUN_UNITS", 1)
 
 
 def gated_engine(

@@ -27,7 +27,8 @@ from runtime.memory.tier import HostTier, Tier
 from runtime.memory.wanted import Held, VisibleSet, Wanted
 
 _MAX_BACKOFF = 64
-_RUN_BYTES = 1 << 20  # read at once: long enough to save calls, short enough for urgent reads to overtake soon
+_RUN_BYTES = 1 << 20  # read at once, or so many units (two pairs to hash): urgent reads overtake only between runs
+_RUN_UNITS = 4
 
 
 class ExpertMemory:
@@ -294,7 +295,8 @@ class ExpertMemory:
         first = slots[key]
         run, fetch, fetch_s = [first], first.wanted.fetch, 0.0
         if fetch is not None and not first.resident:
-            more = self._loader.take_next(_RUN_BYTES // first.num_bytes, lambda key: slots[key].wanted.fetch == fetch)
+            limit = max(_RUN_UNITS - 1, _RUN_BYTES // first.num_bytes)
+            more = self._loader.take_next(limit, lambda key: slots[key].wanted.fetch == fetch)
             run += [slots[key] for key in more]
             layers = [slot.wanted.key[1] for slot in run if not slot.resident]
             if len(layers) > 1:
