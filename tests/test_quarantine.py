@@ -197,7 +197,8 @@ def ready(engine: Engine, task: str) -> int:
 def test_a_task_read_ahead_by_order_is_there_and_held_by_nobody(three_tasks: Workshop, make_engine: MakeEngine) -> None:
     engine = make_engine(three_tasks)
     engine.prefetch_task("blue")
-    engine.wait_until(lambda: ready(engine, "blue") == 2)
+    engine.wait_until(lambda: engine.memory.statistics().loads == 3)  # routers and two layers
+    assert ready(engine, "blue") == 2
     read = engine.memory.statistics()
     assert (read.reserved_bytes, read.prefetch_useful_bytes) == (0, 0)
     ask(engine, "x", task="blue").wait()
