@@ -197,8 +197,8 @@ def ready(engine: Engine, task: str) -> int:
 def test_a_task_read_ahead_by_order_is_there_and_held_by_nobody(three_tasks: Workshop, make_engine: MakeEngine) -> None:
     engine = make_engine(three_tasks)
     engine.prefetch_task("blue")
-    engine.wait_until(lambda: engine.memory.statistics().loads == 3)  # routers and two layers
-    assert ready(engine, "blue") == 2
+    wanted = engine.visible.of(engine.generation, "blue").wanted  # routers too
+    engine.wait_until(lambda: all(engine.memory.state(each.key) is State.READY for each in wanted))
     read = engine.memory.statistics()
     assert (read.reserved_bytes, read.prefetch_useful_bytes) == (0, 0)
     ask(engine, "x", task="blue").wait()
