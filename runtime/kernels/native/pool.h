@@ -1,9 +1,10 @@
 // A team of threads that runs one function at a time, phase by phase; the caller is one of the team.
 // It knows nothing of what it runs.
 // Read first: threads meet where all items of a phase are done. There they spin, since phases last microseconds, and give
-// the core away when one takes longer; between calls they spin for a moment and then sleep. A thread whose core somebody else takes in the middle of a phase
-// holds up all others until it has it back. So work of others can be handed to the team, which does it between phases;
-// and since a phase ends when its items are done, whoever did them, the last thread stays away while guests need its core.
+// the core away when one takes longer; between calls they spin for a moment and then sleep. A thread whose core somebody
+// else takes in the middle of a phase holds up all others until it has it back. So work of others can be handed to the
+// team, which does it between phases; and since a phase ends when its items are done, whoever did them, the last thread
+// stays away while guests need its core.
 #pragma once
 #include <algorithm>
 #include <atomic>
