@@ -11,14 +11,37 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime.engine.llama import LlamaModel
 from runtime.engine.native_llama import NativeLlama
 from runtime.errors import UnsupportedDeviceError
 from runtime.kernels.native_build import build
+from runtime.kernels.native_step import NativeStep, StepShape
 from runtime.kernels.step_kinds import WeightKind
 
 NativeClass = Callable[[WeightKind], Callable[..., LlamaModel]]
+
+
+def native_step(library: Path, shape: StepShape, *, weights: WeightKind, threads: int) -> NativeStep:
+    """A step of random layers; its head and last norm are not set."""
+    generator = torch.Generator().manual_seed(0)
+    made = NativeStep(library, shape, weights=weights, threads=threads)
+    heads, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    matrices = {
+        "qkv": (heads + 2 * kv, shape.width),
+        "out": (shape.width, heads),
+        "gate_up": (2 * shape.ffn, shape.width),
+        "down": (shape.width, shape.ffn),
+    }
+    for layer in range(shape.layers):
+        for name, size in matrices.items():
+            made.set(name, layer, torch.randn(size, generator=generator) * 0.2)
+        for name in ("attention_norm", "ffn_norm"):
+            made.set(name, layer, torch.ones(shape.width))
+    for name in ("cos", "sin"):
+        made.set(name, 0, torch.rand(shape.context * shape.head_width, generator=generator))
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import native_step
 
 from runtime.kernels.inspection import Inspected, Inspector, NativeInspector, native_inspector
 from runtime.kernels.lent_core import beside, waiting
@@ -116,15 +117,7 @@ def test_a_library_that_hashes_wrongly_is_not_used(native_library: Path, monkeyp
 @pytest.fixture
 def step(native_library: Path) -> Iterator[NativeStep]:
     """It uses every core, so that who computes beside it takes one away."""
-    made = NativeStep(native_library, SHAPE, weights="float32", threads=len(os.sched_getaffinity(0)))
-    generator = torch.Generator().manual_seed(0)
-    for layer in range(SHAPE.layers):
-        for name, shape in {"qkv": (128, 64), "out": (64, 64), "gate_up": (256, 64), "down": (64, 128)}.items():
-            made.set(name, layer, torch.randn(shape, generator=generator) * 0.2)
-        for name in ("attention_norm", "ffn_norm"):
-            made.set(name, layer, torch.ones(64))
-    for name in ("cos", "sin"):
-        made.set(name, 0, torch.rand(64 * 16, generator=generator))
+    made = native_step(native_library, SHAPE, weights="float32", threads=len(os.sched_getaffinity(0)))
     yield made
     made.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import native_step
 
 from runtime.kernels.native_mixture import NativeColumn, NativeMixture, NativePart, NativeStage
 from runtime.kernels.native_step import NativeStep, StepShape
@@ -26,15 +27,7 @@ SLOTS = 40
 
 @pytest.fixture(params=["float32", "int8"])
 def step(native_library: Path, request: pytest.FixtureRequest) -> Iterator[NativeStep]:
-    generator = torch.Generator().manual_seed(0)
-    made = NativeStep(native_library, SHAPE, weights=request.param, threads=2)
-    for layer in range(SHAPE.layers):
-        for name, (rows, cols) in {"qkv": (128, 64), "out": (64, 64), "gate_up": (256, 64), "down": (64, 128)}.items():
-            made.set(name, layer, torch.randn(rows, cols, generator=generator) * 0.2)
-        for name in ("attention_norm", "ffn_norm"):
-            made.set(name, layer, torch.ones(64))
-    for name in ("cos", "sin"):
-        made.set(name, 0, torch.rand(16 * 16, generator=generator))
+    made = native_step(native_library, SHAPE, weights=request.param, threads=2)
     yield made
     made.close()
 

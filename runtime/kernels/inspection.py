@@ -58,13 +58,7 @@ class Inspector:
         Raises:
             OSError: the disk refuses; only where it may wait.
         """
-        if wait:
-            got = os.preadv(descriptor, pieces, place)
-        else:
-            try:
-                got = os.preadv(descriptor, pieces, place, os.RWF_NOWAIT)
-            except (OSError, AttributeError):  # nothing is there; a file system, or a system, without the flag
-                return []
+        got = os.preadv(descriptor, pieces, place) if wait else read_cached(descriptor, pieces, place)
         ends = accumulate(piece.nbytes for piece in pieces)
         return self.look([piece for piece, end in zip(pieces, ends, strict=True) if end <= got], dtype)
 
@@ -118,6 +112,14 @@ def native_inspector(library: Path, *, model: ctypes.c_void_p | None = None) -> 
     known = [memoryview(bytearray(text)) for text in _KNOWN]
     native = NativeInspector(library, model=model)
     return native if native.look(known, torch.float32) == Inspector().look(known, torch.float32) else Inspector()
+
+
+def read_cached(descriptor: int, pieces: Sequence[memoryview | bytearray], place: int) -> int:
+    """Fill pieces with what the page cache has of an open file: how many bytes, 0 where that cannot be known."""
+    try:
+        return os.preadv(descriptor, pieces, place, os.RWF_NOWAIT)
+    except (OSError, AttributeError):  # nothing is there; a file system, or a system, without the flag
+        return 0
 
 
 def all_finite(numbers: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from runtime.errors import BlobTruncatedError, TensorMismatchError
-from runtime.kernels.inspection import Inspected, Inspector
+from runtime.kernels.inspection import Inspected, Inspector, read_cached
 from runtime.kernels.lent_core import waiting
 from runtime.model.expert import DTYPES
 from runtime.model.manifest import ExpertSet, Unit
@@ -64,7 +64,7 @@ def _read_run(
 
 def bring_absent(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) -> None:
     """Where the page cache lacks the beginning of a blob, wait for that and for these units at once."""
-    if _read_cached(descriptor, bytearray(1), 0) == 0:
+    if read_cached(descriptor, [bytearray(1)], 0) == 0:
         with waiting():
             _bring(descriptor, entry, units[0], units[-1])
 
@@ -102,17 +102,9 @@ def read_header(descriptor: int, entry: ExpertSet) -> bytearray:
 def _read(descriptor: int, num_bytes: int, place: int) -> bytearray:
     """So many bytes, or as many as there are."""
     data = bytearray(num_bytes)
-    got = _read_cached(descriptor, data, place)
+    got = read_cached(descriptor, [data], place)
     if got != num_bytes:
         with waiting():
             got = os.preadv(descriptor, [data], place)
     del data[got:]
     return data
-
-
-def _read_cached(descriptor: int, data: bytearray, place: int) -> int:
-    """Fill memory with what the page cache has; returns how many bytes."""
-    try:
-        return os.preadv(descriptor, [data], place, os.RWF_NOWAIT)
-    except (OSError, AttributeError):  # as in `Inspector.read`
-        return 0
