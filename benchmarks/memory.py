@@ -12,6 +12,7 @@ request to request, so guesses can be wrong. `docs/MEMORY.md` says what each wor
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -51,6 +52,7 @@ from runtime.model.generation import open_generation
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit
 from runtime.model.repertoire import Repertoire
 from runtime.model.side_by_side import Allocate, fresh_memory
+from runtime.service.lifecycle import leave_to_the_end
 
 RANK = 8
 LARGE_RANK = 64
@@ -156,10 +158,12 @@ class Bench:
             options=EngineOptions(**limits),  # type: ignore[arg-type]
         )
         engine.start()
+        leave_to_the_end()  # as a server does; else a tail is a garbage collection that looks through all of torch
         try:
             yield Served(engine, prompt)
         finally:
             engine.close()
+            gc.unfreeze()
             engine.check_integrity()
 
 

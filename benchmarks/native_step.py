@@ -72,7 +72,9 @@ def make_mixture(rank: int) -> NativeMixture:
             target: (torch.randn(rank, wide).bfloat16() * 0.1, torch.randn(rank, narrow).bfloat16() * 0.1)
             for target, (wide, narrow) in LINEARS.items()
         }
-        mixture.set_layer(layer, [NativePart("top_k", 1, torch.zeros(1, WIDTH))], [NativeColumn(updates, 2.0)])
+        mixture.set_layer(
+            layer, [NativePart("top_k", 1, torch.zeros(1, WIDTH))], [NativeColumn.of_tensors(updates, 2.0)]
+        )
     return mixture
 
 

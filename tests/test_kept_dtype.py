@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from repertoires import FIRST_LAYER, Workshop
@@ -14,6 +16,7 @@ from runtime.memory.wanted import Wanted
 from runtime.model.expert import Expert, LowRank, pack_expert_set
 from runtime.model.generation import base_ref, open_generation
 from runtime.model.manifest import ExpertSet
+from runtime.model.side_by_side import fresh_memory
 
 
 def wanted_of(workshop: Workshop, dtype: torch.dtype | None) -> list[Wanted]:
@@ -47,9 +50,9 @@ def test_a_kept_expert_lies_in_one_piece_of_the_memory_that_it_is_given() -> Non
     expert = Expert(3, 0.5, {"gate": LowRank(torch.randn(2, 4), torch.randn(6, 2))})
     given: list[memoryview] = []
 
-    def allocate(num_bytes: int) -> memoryview:
-        given.append(memoryview(bytearray(num_bytes)))
-        return given[-1]
+    def allocate(sizes: Sequence[int]) -> list[memoryview]:
+        given.extend(fresh_memory(sizes))
+        return given
 
     kept = in_dtype(expert, torch.bfloat16, allocate=allocate)
     assert [len(piece) for piece in given] == [kept.num_bytes] == [2 * (2 * 4 + 6 * 2)]

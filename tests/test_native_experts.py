@@ -51,7 +51,7 @@ def mixture(
 
     for layer in range(SHAPE.layers):
         columns = [
-            NativeColumn(
+            NativeColumn.of_tensors(
                 {name: (some(rank, wide), some(rank, narrow)) for name, (wide, narrow) in LINEARS.items()}, 0.5
             )
             for _ in range(experts)
@@ -120,7 +120,7 @@ def test_sequences_of_one_expert_each_get_what_its_matrices_say(native_library: 
             for name in ("gate", "up", "down")
         )
         matrices.append((gate, up, down))
-        column = NativeColumn({"gate": gate, "up": up, "down": down}, 0.5)
+        column = NativeColumn.of_tensors({"gate": gate, "up": up, "down": down}, 0.5)
         made.set_layer(layer, [NativePart("top_k", 1, torch.zeros(1, 64))], [column])
     hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     expected = hidden.clone()

@@ -22,10 +22,11 @@ from runtime.engine.llama import LlamaModel, MixtureRows, check_supported
 from runtime.engine.stage import FetchExpert, Stage
 from runtime.engine.staged_router import StagedColumn
 from runtime.errors import UnsupportedDeviceError
+from runtime.kernels.inspection import address_of
 from runtime.kernels.native_mixture import MAX_K, NativeColumn, NativeGroups, NativeMixture, NativePart, NativeStage
 from runtime.kernels.native_step import NativeStep, StepShape
 from runtime.kernels.step_kinds import WeightKind
-from runtime.model.expert import Expert
+from runtime.model.expert import Expert, UnitUpdates
 from runtime.model.llama_source import LlamaSource
 from runtime.model.mixture import Mixture, Router, RouterPart
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import transformers
 
 _Unit = tuple[str, int]  # an expert set's digest, and a layer
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_ROWS = 2048  # read and packed at once: a whole vocabulary is large beside a layer
 
 
@@ -222,7 +224,7 @@ def _part(part: RouterPart) -> NativePart:
     return NativePart(
         part.kind,
         part.top_k,
-        router.weight.float() / tau,
+        router.weight.float() if tau == 1 else router.weight.float() / tau,
         None if router.bias is None else router.bias / tau,
         router.constant,
         groups,
@@ -232,13 +234,18 @@ def _part(part: RouterPart) -> NativePart:
 
 def _column(expert: Expert) -> NativeColumn:
     """The expert where it lies; copied only where its B is not kept transposed, or its dtype is a third one."""
+    lying = expert.updates
+    if isinstance(lying, UnitUpdates) and lying.form.layout == "rows" and lying.form.dtype in _NATIVE_DTYPES:
+        begin, size = address_of(lying.data), lying.form.dtype.itemsize
+        places = ((target, begin + size * a[2], begin + size * b[2], a[0][0]) for target, a, b in lying.form.places)
+        return NativeColumn(places, expert.scale, dtype=lying.form.dtype, kept=lying)
     halves = all(update.a.dtype == torch.bfloat16 for update in expert.updates.values())
     dtype = torch.bfloat16 if halves else torch.float32
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
         target: (update.a.to(dtype).contiguous(), update.b.t().to(dtype).contiguous())
         for target, update in expert.updates.items()
     }
-    return NativeColumn(updates, expert.scale)
+    return NativeColumn.of_tensors(updates, expert.scale)
 
 
 def _tell(watch: RouteWatch, stage: Stage, layers: range, record: torch.Tensor) -> None:

@@ -94,7 +94,7 @@ class NativeInspector(Inspector):
         self, descriptor: int, place: int, pieces: Sequence[memoryview], dtype: torch.dtype, *, wait: bool
     ) -> list[Inspected] | None:
         count = len(pieces)
-        addresses = (ctypes.c_void_p * count)(*(_address(piece) for piece in pieces))
+        addresses = (ctypes.c_void_p * count)(*(address_of(piece) for piece in pieces))
         sizes = (ctypes.c_int64 * count)(*(piece.nbytes for piece in pieces))
         digests, finite = (ctypes.c_char * (_DIGEST_BYTES * count))(), (ctypes.c_char * count)()
         where = (self._model, descriptor, int(wait), ctypes.c_int64(place), addresses, sizes, ctypes.c_int64(count))
@@ -131,5 +131,6 @@ def _finite(piece: memoryview, dtype: torch.dtype) -> bool:
     return not piece.nbytes or all_finite(torch.frombuffer(piece, dtype=dtype))
 
 
-def _address(piece: memoryview) -> int | None:
-    return ctypes.addressof(ctypes.c_char.from_buffer(piece)) if piece.nbytes else None
+def address_of(piece: memoryview) -> int:
+    """Where writable memory begins; 0 where it is empty."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(piece)) if piece.nbytes else 0

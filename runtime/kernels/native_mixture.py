@@ -7,13 +7,14 @@ Read first: whoever lays something out keeps the tensors that it points to alive
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 
 TARGET_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
+_NUM_ATTENTION = 4  # of them, the first
 MAX_K = 64
 """Experts of one token in one layer at most."""
 Weighing = Literal["top_k", "arrow", "grouped", "fixed"]
@@ -64,20 +65,31 @@ class NativeColumn:
     """One expert, wherever it stands under a router's columns.
 
     Args:
-        updates: per target (A [R, D], B^T [R, H]), contiguous, all float32 or all bfloat16.
+        updates: (target, address of A [R, D], address of B^T [R, H], R) of each; both contiguous, in one dtype.
         scale: of `B A x`.
+        dtype: float32 or bfloat16.
+        kept: holds that memory.
     """
 
-    def __init__(self, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float) -> None:
-        self._kept = updates
-        self.max_rank = max(a.shape[0] for a, _ in updates.values())
-        self.attention = any(target in TARGET_ORDER[:4] for target in updates)
+    def __init__(
+        self, updates: Iterable[tuple[str, int, int, int]], scale: float, *, dtype: torch.dtype, kept: object
+    ) -> None:
+        self._kept = kept
+        self.max_rank, self.attention = 0, False
         self.raw = _Column()
-        self.raw.scale = scale
-        for target, (a, b) in updates.items():
-            assert a.dtype == b.dtype, "an expert is of one dtype"
-            self.raw.halves = int(a.dtype == torch.bfloat16)
-            self.raw.updates[TARGET_ORDER.index(target)] = _Update(address(a), address(b), a.shape[0])
+        self.raw.scale, self.raw.halves = scale, int(dtype == torch.bfloat16)
+        for target, a, b, rank in updates:
+            place = TARGET_ORDER.index(target)
+            self.raw.updates[place] = _Update(a, b, rank)
+            self.max_rank = max(self.max_rank, rank)
+            self.attention = self.attention or place < _NUM_ATTENTION
+
+    @classmethod
+    def of_tensors(cls, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float) -> Self:
+        """The same of (A, B^T), contiguous, all float32 or all bfloat16."""
+        (dtype,) = {tensor.dtype for pair in updates.values() for tensor in pair}
+        lies = ((target, address(a), address(b), a.shape[0]) for target, (a, b) in updates.items())
+        return cls(lies, scale, dtype=dtype, kept=updates)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
-from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate
 
 ALIGNMENT = 64  # bytes: a line of the cache, and a vector
 _ARENA_BYTES = 4 << 20
+_Watch = weakref.ref[memoryview]
 
 
 class _Arena:
@@ -48,16 +50,15 @@ class _Arena:
         self._measure()
         return begin
 
-    def give_back(self, begin: int, end: int) -> None:
-        """These bytes are a gap again."""
-        insort(self.gaps, (begin, end))
-        place = self.gaps.index((begin, end))
-        if place + 1 < len(self.gaps) and self.gaps[place + 1][0] == end:
-            end = self.gaps.pop(place + 1)[1]
-        if place and self.gaps[place - 1][1] == begin:
-            begin = self.gaps.pop(place - 1)[0]
-            place -= 1
-        self.gaps[place] = (begin, end)
+    def give_back(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """These bytes, (begin, end) each, are gaps again."""
+        gaps: list[tuple[int, int]] = []
+        for begin, end in sorted([*self.gaps, *pieces]):
+            if gaps and gaps[-1][1] == begin:
+                gaps[-1] = (gaps[-1][0], end)
+            else:
+                gaps.append((begin, end))
+        self.gaps = gaps
         self._measure()
 
     def _measure(self) -> None:
@@ -77,24 +78,21 @@ class Buffers:
         self._arena_bytes = arena_bytes
         self._lock = threading.Lock()
         self._arenas: list[_Arena] = []
-        self._lent: dict[int, tuple[weakref.ref[memoryview], _Arena, int, int]] = {}
-        self._returned: deque[int] = deque()  # filled wherever a view dies, under whatever lock: it takes none
-        self._count = 0
+        self._lent: dict[int, tuple[_Watch, _Arena, int, int]] = {}  # by the identity of the watch
+        self._returned: deque[_Watch] = deque()  # filled wherever a view dies, under whatever lock: it takes none
 
-    def take(self, num_bytes: int) -> memoryview:
-        """So many bytes, aligned, with anything in them."""
-        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    def take(self, sizes: Sequence[int]) -> list[memoryview]:
+        """Buffers of so many bytes each, aligned, with anything in them; one after the other where there is room."""
+        rounded = [-(-max(1, size) // ALIGNMENT) * ALIGNMENT for size in sizes]
         with self._lock:
             self._sweep()
-            for arena in self._arenas:
-                begin = arena.take(size)
-                if begin is not None:
-                    return self._lend(arena, begin, size, num_bytes)
-            arena = _Arena(max(size, self._arena_bytes))
-            self._arenas.append(arena)
-            begin = arena.take(size)
-            assert begin is not None, "a new arena has room"
-            return self._lend(arena, begin, size, num_bytes)
+            together = self._find(sum(rounded))
+            if together is None:
+                pairs = zip(sizes, rounded, strict=True)
+                return [self._lend(*(self._find(taken) or self._find_new(taken)), size, taken) for size, taken in pairs]
+            arena, begin = together
+            begins = accumulate(rounded[:-1], initial=begin)
+            return [self._lend(arena, *place) for place in zip(begins, sizes, rounded, strict=True)]
 
     @property
     def held_bytes(self) -> int:
@@ -115,21 +113,36 @@ class Buffers:
                 )
                 assert ends[-1][1] == arena.size, "an arena's end is lost"
 
-    def _lend(self, arena: _Arena, begin: int, size: int, num_bytes: int) -> memoryview:
-        self._count += 1
-        number, returned = self._count, self._returned
+    def _find(self, num_bytes: int) -> tuple[_Arena, int] | None:
+        for arena in self._arenas:
+            begin = arena.take(num_bytes)
+            if begin is not None:
+                return arena, begin
+        return None
+
+    def _find_new(self, num_bytes: int) -> tuple[_Arena, int]:
+        arena = _Arena(max(num_bytes, self._arena_bytes))
+        self._arenas.append(arena)
+        begin = arena.take(num_bytes)
+        assert begin is not None, "a new arena has room"
+        return arena, begin
+
+    def _lend(self, arena: _Arena, begin: int, num_bytes: int, taken: int) -> memoryview:
         view = arena.memory[begin : begin + num_bytes]
-        watch = weakref.ref(view, lambda _gone: returned.append(number))
-        self._lent[number] = (watch, arena, begin, begin + size)
+        watch = weakref.ref(view, self._returned.append)
+        self._lent[id(watch)] = (watch, arena, begin, begin + taken)
         return view
 
     def _sweep(self) -> None:
         """Make gaps of what has been given up since the last time; let idle arenas go."""
         if not self._returned:
             return
+        back: dict[_Arena, list[tuple[int, int]]] = {}
         while self._returned:
-            _, arena, begin, end = self._lent.pop(self._returned.popleft())
-            arena.give_back(begin, end)
+            _, arena, begin, end = self._lent.pop(id(self._returned.popleft()))
+            back.setdefault(arena, []).append((begin, end))
+        for arena, pieces in back.items():
+            arena.give_back(pieces)
         idle = [arena for arena in self._arenas if arena.empty]
         for arena in idle[self._idle_arenas :]:
             self._arenas.remove(arena)

@@ -35,7 +35,8 @@ def in_dtype(expert: Expert, dtype: torch.dtype, *, allocate: Allocate = fresh_m
     Raises:
         NonFiniteError: a weight is too large for `dtype`.
     """
-    flat = torch.frombuffer(allocate(expert.num_parameters * dtype.itemsize), dtype=dtype)
+    (memory,) = allocate([expert.num_parameters * dtype.itemsize])
+    flat = torch.frombuffer(memory, dtype=dtype)
     updates: dict[Target, LowRank] = {}
     begin = 0
     for target, update in expert.updates.items():

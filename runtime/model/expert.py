@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -228,12 +228,12 @@ class UnitForm:
         base: widths follow from it.
         like: the form of another unit of the set; where ranks are the same, it saves the arithmetic too.
 
-    `unit` is the first of these, `places` says where in its bytes A and B of each target lie.
+    `unit` is the first of these, `places` says where in its bytes, in numbers of `dtype`, A and B of each target lie.
     """
 
     def __init__(self, unit: Unit, entry: ExpertSet, base: BaseRef, *, like: UnitForm | None = None) -> None:
         self.unit, self._scale = unit, entry.scale
-        self._dtype = DTYPES[entry.dtype]
+        self.dtype, self.layout = DTYPES[entry.dtype], entry.layout
         same = like is not None and like.unit.ranks == unit.ranks
         self.places: list[tuple[Target, _Place, _Place]] = (
             like.places if like is not None and same else _places(unit, entry, base)
@@ -241,6 +241,30 @@ class UnitForm:
 
     def expert(self, data: memoryview) -> Expert:
         """Return the expert in the bytes of the unit; its tensors share memory with `data`, and keep it alive."""
-        flat = torch.frombuffer(data, dtype=self._dtype)
-        updates = {target: LowRank(flat.as_strided(*a), flat.as_strided(*b)) for target, a, b in self.places}
-        return Expert(layer=self.unit.layer, scale=self._scale, updates=updates)
+        return Expert(layer=self.unit.layer, scale=self._scale, updates=UnitUpdates(data, self))
+
+
+class UnitUpdates(Mapping[Target, LowRank]):
+    """The updates in the bytes of a unit; tensors are made when somebody asks, for who knows addresses needs none.
+
+    Args:
+        data: those bytes.
+        form: how they are read.
+    """
+
+    def __init__(self, data: memoryview, form: UnitForm) -> None:
+        self.data, self.form = data, form
+        self._made: dict[Target, LowRank] | None = None
+
+    def __getitem__(self, target: Target) -> LowRank:
+        if self._made is None:
+            flat = torch.frombuffer(self.data, dtype=self.form.dtype)
+            places = self.form.places
+            self._made = {target: LowRank(flat.as_strided(*a), flat.as_strided(*b)) for target, a, b in places}
+        return self._made[target]
+
+    def __iter__(self) -> Iterator[Target]:
+        return (target for target, _, _ in self.form.places)
+
+    def __len__(self) -> int:
+        return len(self.form.places)

@@ -17,13 +17,13 @@ from runtime.model.manifest import ExpertSet, Unit
 
 _MAX_HEADER_BYTES = 16 << 20
 
-Allocate = Callable[[int], memoryview]
-"""Gives memory of so many bytes, with anything in it."""
+Allocate = Callable[[Sequence[int]], list[memoryview]]
+"""Gives pieces of memory of so many bytes each, with anything in them."""
 
 
-def fresh_memory(num_bytes: int) -> memoryview:
+def fresh_memory(sizes: Sequence[int]) -> list[memoryview]:
     """New memory."""
-    return memoryview(bytearray(num_bytes))
+    return [memoryview(bytearray(size)) for size in sizes]
 
 
 def read_side_by_side(
@@ -34,7 +34,7 @@ def read_side_by_side(
     Raises:
         BlobTruncatedError: the blob ends before a unit does.
     """
-    buffers = [allocate(unit.bytes) for unit in units]
+    buffers = allocate([unit.bytes for unit in units])
     read: list[Inspected] = []
     for end, unit in enumerate(units, start=1):
         if end == len(units) or units[end].offset != unit.offset + unit.bytes:
