@@ -14,6 +14,7 @@ from runtime.kernels.inspection import Inspected, Inspector, read_cached
 from runtime.kernels.lent_core import waiting
 from runtime.model.expert import DTYPES
 from runtime.model.manifest import ExpertSet, Unit
+from runtime.model.page_cache import bring
 
 _MAX_HEADER_BYTES = 16 << 20
 
@@ -54,8 +55,7 @@ def _read_run(
         if left == len(units):
             break
         if not wait:
-            with waiting():
-                _bring(descriptor, entry, units[left], units[-1])
+            _bring(descriptor, entry, units[left:])
         read += inspector.read(descriptor, units[left].offset, buffers[left:], dtype, wait=wait)
     if len(read) != len(units):
         raise BlobTruncatedError(f"blob {entry.digest}: layer {units[len(read)].layer} ends early")
@@ -63,23 +63,17 @@ def _read_run(
 
 
 def bring_absent(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) -> None:
-    """Where the page cache lacks the beginning of a blob, wait for that and for these units at once."""
-    if read_cached(descriptor, [bytearray(1)], 0) == 0:
-        with waiting():
-            _bring(descriptor, entry, units[0], units[-1])
+    """Where the page cache lacks the beginning of a blob, wait for that and for these units at once.
 
-
-def _bring(descriptor: int, entry: ExpertSet, first: Unit, last: Unit) -> None:
-    """Wait until the disk has brought these into the page cache, as far as it can be known.
-
-    Where `first` is the first of the set, the disk is told to go on with the others.
+    The others follow by themselves where these are the first of the set.
     """
-    end = last.offset + last.bytes
-    if hasattr(os, "posix_fadvise"):
-        whole = first is entry.units[0]
-        place, length = (0, 0) if whole else (first.offset, end - first.offset)  # 0: to the end of the file
-        os.posix_fadvise(descriptor, place, length, os.POSIX_FADV_WILLNEED)
-    os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
+    if read_cached(descriptor, [bytearray(1)], 0) == 0:
+        _bring(descriptor, entry, units)
+
+
+def _bring(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) -> None:
+    whole = units[0] is entry.units[0]
+    bring(descriptor, 0 if whole else units[0].offset, units[-1].offset + units[-1].bytes, more=whole)
 
 
 def read_whole(descriptor: int) -> bytearray:

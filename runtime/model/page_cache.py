@@ -1,0 +1,51 @@
+"""What the disk must bring first: bytes of an open file into the page cache.
+
+It knows nothing of what the bytes are.
+Read first: who waits here computes next to nothing, so its core is another's meanwhile (`runtime.kernels.lent_core`).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from runtime.kernels.lent_core import waiting
+
+_STRIDE = 256 << 10
+_FAR = 2 << 20
+_DEVICES = Path("/sys/class/bdi")
+
+
+def bring(descriptor: int, begin: int, end: int, *, more: bool) -> None:
+    """Wait until these bytes are in the page cache, as far as that can be known.
+
+    Where the system reads far ahead on its own, they are read through in order: what follows is then on its way too,
+    and large pages hold it, which costs the processor half as much as being told. Elsewhere the disk is told all at
+    once, since many reads in flight are what a distant one needs.
+
+    Args:
+        descriptor: of the file.
+        begin: first byte.
+        end: behind the last.
+        more: all that follows will be wanted too.
+    """
+    with waiting():
+        if reads_far_ahead(os.fstat(descriptor).st_dev):
+            anywhere = bytearray(_STRIDE)
+            for place in range(begin, end, _STRIDE):
+                os.preadv(descriptor, [anywhere], place)
+            return
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, begin, 0 if more else end - begin, os.POSIX_FADV_WILLNEED)  # 0: to the end
+        os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
+
+
+@cache
+def reads_far_ahead(device: int) -> bool:
+    """Whether the system reads megabytes ahead of who reads from a device in order; False where that is not known."""
+    try:
+        text = (_DEVICES / f"{os.major(device)}:{os.minor(device)}" / "read_ahead_kb").read_text()
+    except OSError:
+        return False
+    return int(text) << 10 >= _FAR
