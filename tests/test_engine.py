@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engines import Answer, ask
+from engines import Answer, ask, until
 from repertoires import Workshop
 
 from runtime.engine.engine import Engine
@@ -76,7 +76,11 @@ def test_a_guess_on_arrival_starts_the_reads_and_counts_as_useful(
     three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]
 ) -> None:
     engine = make_engine(three_tasks)
-    located = ask(engine, prototypes["blue"]).wait().located
+    visible = engine.visible.of(engine.generation, "blue")
+    with engine.together():  # so small a base has located before anybody could guess
+        answer = ask(engine, prototypes["blue"])
+        until(lambda: engine.memory.missing_bytes(visible) == 0)
+    located = answer.wait().located
     assert {use.source for use in located.experts} == {"disk"}, "read for this request, if before it was located"
     memory = engine.statistics().memory
     assert memory.prefetch_useful_bytes == memory.bytes_read > sum(use.bytes_read for use in located.experts) > 0

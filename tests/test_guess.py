@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from engines import ask
+from engines import ask, until
 from repertoires import Workshop
 
 from runtime.engine.engine import Engine
@@ -93,6 +93,49 @@ def test_a_guess_at_a_task_that_cannot_be_served_harms_no_request(
     assert sequence.guess is None
     del engine.generation.densities.faults["red"]
     assert ask(engine, prototypes["red"]).wait().error is None
+
+
+def test_nobody_waits_for_a_guess(three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]) -> None:
+    engine = make_engine(three_tasks)
+    begun, go_on = threading.Event(), threading.Event()
+    made: list[str] = []
+
+    def guess(sequence: Sequence) -> None:
+        begun.set()
+        go_on.wait(30)
+        made.append(sequence.request.text)
+
+    engine._guessing._guess = guess
+    with engine.together():  # none is decided before its guess has begun
+        first = ask(engine, prototypes["red"])
+        assert begun.wait(30)
+        second = ask(engine, prototypes["green"])
+    assert [first.wait().located.task, second.wait().located.task] == ["red", "green"]
+    assert made == []
+    go_on.set()
+    until(lambda: bool(made))
+    engine._guessing.close()
+    assert made == [prototypes["red"]], "the second was decided by then"
+
+
+def test_a_guess_that_breaks_is_told_and_costs_no_other(
+    three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(three_tasks)
+    made: list[str] = []
+
+    def guess(sequence: Sequence) -> None:
+        if not caplog.records:
+            raise RuntimeError("broken")
+        made.append(sequence.request.text)
+
+    engine._guessing._guess = guess
+    with engine.together():
+        answers = [ask(engine, prototypes[task]) for task in ("red", "green")]
+        until(lambda: bool(made))
+    assert made == [prototypes["green"]]
+    assert f"request {answers[0].request_id}: its task could not be guessed" in caplog.text
+    assert [answer.wait().located.task for answer in answers] == ["red", "green"]
 
 
 def test_a_guess_is_withdrawn_once_however_many_threads_want_it() -> None:

@@ -84,7 +84,7 @@ def gated_engine(
 ) -> tuple[Engine, RecordingModel, GatedRepertoire]:
     repertoire = GatedRepertoire(workshop.repertoire, "red", layer)
     engine = make_engine(workshop, 1, model_class=RecordingModel, repertoire=repertoire, num_loaders=2)
-    model = engine._model
+    model = engine._runner._model
     assert isinstance(model, RecordingModel)
     return engine, model, repertoire
 

@@ -60,7 +60,7 @@ class Casting:
     def guess(self, sequence: Sequence) -> None:
         """On arrival: guess the task from the token embeddings and start to read its visible set.
 
-        Called on the thread that submits, while the engine may have the sequence already, or have ended it. The guess
+        Called on a thread of its own, while the engine may have the sequence already, or have ended it. The guess
         binds nobody: `decide` withdraws it where it was wrong, or this does where it comes too late.
         """
         request, generation = sequence.request, sequence.generation

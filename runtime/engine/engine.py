@@ -21,6 +21,7 @@ from runtime.engine.casting import Casting
 from runtime.engine.drafting import Drafting
 from runtime.engine.generations import Generations
 from runtime.engine.grammar import Grammars
+from runtime.engine.guessing import Guessing
 from runtime.engine.options import EngineOptions
 from runtime.engine.passage import Passage
 from runtime.engine.prefix import PrefixCache
@@ -42,7 +43,6 @@ from runtime.errors import (
     UnavailableError,
 )
 from runtime.kernels.graph_capture import Capture
-from runtime.kernels.lent_core import beside
 from runtime.memory.visible import VisibleSets
 from runtime.model.base_tokenizer import BaseTokenizer
 from runtime.model.generation import Generation
@@ -88,7 +88,6 @@ class Engine:
         self.evict = residents.evict
         self._generations = Generations(generation, retire=retire, on_retire=residents.retired)
         self._options = options
-        self._model = model
         self._cache = make_cache(model, options, capture)
         first_layer = generation.manifest.first_layer
         self._drafting = Drafting(options.max_draft)
@@ -100,6 +99,7 @@ class Engine:
         self._casting = Casting(
             self.memory, self.visible, first_layer=first_layer, num_layers=len(model.layers), embed=embed
         )
+        self._guessing = Guessing(self._casting.guess, lender=model.lender)
         self._prefixes = PrefixCache(
             self._cache, first_layer=first_layer, budget_bytes=options.prefix_budget_bytes, embed=embed
         )
@@ -138,6 +138,7 @@ class Engine:
         with self._lock:
             self._refusing = None
         self._thread.start()
+        self._guessing.start()
 
     @property
     def generation(self) -> Generation:
@@ -181,9 +182,8 @@ class Engine:
             self._generations.leave(generation)
             raise
         self._wake()
-        if self._options.prefetch:  # while the prompt is on its way already
-            with beside(self._model.lender):
-                self._casting.guess(sequence)
+        if self._options.prefetch:
+            self._guessing.add(sequence)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -255,6 +255,7 @@ class Engine:
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        self._guessing.close()
         self._residents.close()
         self.memory.close()
         self._generations.close()
