@@ -44,7 +44,6 @@ from runtime.engine.request import Event, Failed, Finished, Request, SamplingPar
 from runtime.engine.step_model import make_step_model
 from runtime.engine.step_protocol import StepModel
 from runtime.kernels.inspection import Inspected, Inspector
-from runtime.kernels.lent_core import waiting
 from runtime.memory.memory import ExpertMemory
 from runtime.memory.visible import VisibleSets
 from runtime.model.base import BaseModel, load_base, resolve_base
@@ -369,19 +368,17 @@ class SlowStorage(Repertoire):
         inspector: Inspector | None = None,
     ) -> list[Inspected]:
         """As `Repertoire.read_units`, later."""
-        with waiting():
-            if self._bytes_per_s is not None:
-                with self._volume:
-                    time.sleep(sum(unit.bytes for unit in units) / self._bytes_per_s)
-            if units[0] is entry.units[0]:
-                self._due[entry.digest] = time.perf_counter() + self._first_byte_s
-            time.sleep(max(0.0, self._due.get(entry.digest, 0.0) - time.perf_counter()))
+        if self._bytes_per_s is not None:
+            with self._volume:
+                time.sleep(sum(unit.bytes for unit in units) / self._bytes_per_s)
+        if units[0] is entry.units[0]:
+            self._due[entry.digest] = time.perf_counter() + self._first_byte_s
+        time.sleep(max(0.0, self._due.get(entry.digest, 0.0) - time.perf_counter()))
         return super().read_units(entry, units, base, allocate=allocate, inspector=inspector)
 
     def read_tensors(self, digest: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         """As `Repertoire.read_tensors`, later."""
-        with waiting():
-            time.sleep(self._first_byte_s)
+        time.sleep(self._first_byte_s)
         return super().read_tensors(digest, shapes)
 
 
@@ -391,7 +388,7 @@ def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) ->
     distant = SlowStorage(repertoire.root, first_byte_s=FIRST_BYTE_S)
     figures = churn_on(bench, repertoire, num_tasks, 6 * repeats)
     for name, storage, loaders in (("slow_disk", volume, 2), ("distant", distant, 16)):
-        there = churn_on(bench, storage, num_tasks, 4 * repeats, num_loaders=loaders)
+        there = churn_on(bench, storage, num_tasks, 6 * repeats, num_loaders=loaders)
         figures |= {f"{key}_{name}": value for key, value in there.items()}
     return figures
 

@@ -14,7 +14,6 @@ import torch
 from native import native_step
 
 from runtime.kernels.inspection import Inspected, Inspector, NativeInspector, native_inspector
-from runtime.kernels.lent_core import beside, waiting
 from runtime.kernels.native_step import NativeStep, StepShape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,11 +142,8 @@ def test_who_looks_and_computes_beside_a_step_gets_digests_and_the_step_computes
 
     def look() -> None:
         while not ended.is_set():
-            with beside(step):
-                found = digests(step.inspector.look(pieces, torch.float32))
-                with waiting():
-                    pass
-                hashlib.sha256(pieces[0]).digest()
+            found = digests(step.inspector.look(pieces, torch.float32))
+            hashlib.sha256(pieces[0]).digest()
             turns.append(1)
             wrong.extend([found] if found != wanted else [])
 
@@ -172,17 +168,8 @@ def test_a_good_library_is_used_and_a_team_may_be_asked_to_look_at_nothing(
     assert passed(step, 60).isfinite().all()
 
 
-def test_a_thread_may_wait_or_leave_without_having_come(step: NativeStep) -> None:
-    with waiting():
-        pass
-    with beside(step), waiting():
-        pass
-    assert passed(step, 60).isfinite().all()
-
-
 def test_looking_goes_on_without_the_team_when_the_step_is_closed(step: NativeStep) -> None:
     step.close()
     pieces = pieces_of([1000, 64])
-    with beside(step), waiting():
-        found = step.inspector.look(pieces, torch.float32)
+    found = step.inspector.look(pieces, torch.float32)
     assert digests(found) == [hashlib.sha256(piece).hexdigest() for piece in pieces]

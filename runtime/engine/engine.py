@@ -99,7 +99,7 @@ class Engine:
         self._casting = Casting(
             self.memory, self.visible, first_layer=first_layer, num_layers=len(model.layers), embed=embed
         )
-        self._guessing = Guessing(self._casting.guess, lender=model.lender)
+        self._guessing = Guessing(self._casting.guess)
         self._prefixes = PrefixCache(
             self._cache, first_layer=first_layer, budget_bytes=options.prefix_budget_bytes, embed=embed
         )

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from runtime.engine.sequence import Phase, Sequence
-from runtime.kernels.lent_core import Lender, beside
 
 _log = logging.getLogger(__name__)
 
@@ -23,14 +22,12 @@ class Guessing:
 
     Args:
         guess: guesses the task of a sequence and begins to read its experts.
-        lender: lends it a core meanwhile.
 
     It does nothing until `start`.
     """
 
-    def __init__(self, guess: Callable[[Sequence], None], *, lender: Lender | None) -> None:
+    def __init__(self, guess: Callable[[Sequence], None]) -> None:
         self._guess = guess
-        self._lender = lender
         self._arrived: SimpleQueue[Sequence | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="guessing", daemon=True)
 
@@ -53,7 +50,6 @@ class Guessing:
             if sequence.decided or sequence.phase is Phase.ENDED:
                 continue
             try:
-                with beside(self._lender):
-                    self._guess(sequence)
+                self._guess(sequence)
             except Exception:  # noqa: BLE001 - a defect costs the guess, not the thread, and is told
                 _log.exception("request %s: its task could not be guessed", sequence.request.request_id)

@@ -20,7 +20,6 @@ from runtime.engine.linears import Keep, Linear, keep_dense
 from runtime.engine.stage import Stage, StagedLayer
 from runtime.errors import InvalidInputError
 from runtime.kernels.inspection import Inspector
-from runtime.kernels.lent_core import Lender
 from runtime.kernels.triton_metadata import MixtureMetadata
 from runtime.kernels.triton_mixture import Launcher
 from runtime.model.llama_source import FINAL_NORM, LlamaSource, ModuleSource
@@ -104,7 +103,6 @@ class LlamaModel:
         check_supported(config, max_context)
         self.max_context = max_context
         self.inspector = Inspector()
-        self.lender: Lender | None = None
         self.embedding = source.embedding()
         self.head: Linear = self._keep_head(source, keep)
         self.dtype, self.kv_dtype = dtype or source.dtype, source.dtype

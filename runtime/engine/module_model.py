@@ -21,7 +21,6 @@ from runtime.engine.module_hooks import Mixing, ModuleHooks
 from runtime.engine.slot_cache import slot_cache
 from runtime.errors import InvalidInputError, TensorMismatchError
 from runtime.kernels.inspection import Inspector
-from runtime.kernels.lent_core import Lender
 from runtime.model.attach import decoder_layers
 from runtime.model.layer_names import layer_names
 
@@ -47,7 +46,6 @@ class ModuleModel:
 
     def __init__(self, model: PreTrainedModel, *, max_context: int) -> None:
         self.inspector = Inspector()
-        self.lender: Lender | None = None
         self._name = type(model).__name__
         longest = getattr(model.config, "max_position_embeddings", max_context)
         if not 1 <= max_context <= longest:

@@ -92,7 +92,7 @@ class NativeLlama(LlamaModel):
         self._wide: torch.Tensor | None = None
         super().__init__(model, max_context=max_context, keep=self._keep, dtype=torch.float32)
         self._wide = None
-        self.inspector, self.lender = self.step.inspector, self.step
+        self.inspector = self.step.inspector
         self.kv_dtype = torch.float32 if weights == "float32" else torch.bfloat16
         for index, layer in enumerate(self.layers):
             for name in ("attention_norm", "ffn_norm", "qkv_bias", "q_norm", "k_norm"):

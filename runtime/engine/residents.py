@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from functools import partial
 
 from runtime.engine.options import EngineOptions
 from runtime.engine.step_protocol import StepModel
 from runtime.errors import GreenroomError, InvalidInputError, NoRoomError
-from runtime.kernels.lent_core import beside
 from runtime.memory.keys import routers_name
 from runtime.memory.loader import Priority
 from runtime.memory.memory import ExpertMemory
@@ -146,7 +144,6 @@ def make_memory(options: EngineOptions, model: StepModel, *, on_change: Callable
         floors=options.tenant_floors,
         tier=make_tier(model.device, model.dtype, options.device_budget_bytes),
         on_change=on_change,
-        beside=partial(beside, model.lender),
     )
 
 

@@ -15,7 +15,6 @@ from runtime.engine.attention import AttentionPlan
 from runtime.engine.kv import KVCache, KVShape
 from runtime.engine.llama import MixtureRows
 from runtime.kernels.inspection import Inspector
-from runtime.kernels.lent_core import Lender
 
 
 class StepModel(Protocol):
@@ -47,10 +46,6 @@ class StepModel(Protocol):
     @property
     def inspector(self) -> Inspector:
         """Looks at experts that are read for it."""
-
-    @property
-    def lender(self) -> Lender | None:
-        """Who lends a core to threads beside a step; None where there is no need."""
 
     @property
     def max_context(self) -> int:

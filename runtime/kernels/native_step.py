@@ -69,7 +69,7 @@ class NativeStep:
             bfloat16: inputs too are rounded to it. Sums are float32.
         threads: that compute, the caller's among them.
 
-    `inspector` looks at experts that are read meanwhile, on the same threads. It lends a core to threads beside it.
+    `inspector` looks at experts that are read meanwhile, on the same threads.
     """
 
     def __init__(self, library: Path, shape: StepShape, *, weights: WeightKind, threads: int) -> None:
@@ -88,16 +88,6 @@ class NativeStep:
         if self._handle:
             self._library.gr_destroy(self._handle)
             self._handle.value = None  # the inspector's too: it goes on without the team
-
-    def lend(self) -> None:
-        """See `runtime.kernels.lent_core.Lender`."""
-        if self._handle:
-            self._library.gr_enter(self._handle)
-
-    def take_back(self) -> None:
-        """See `runtime.kernels.lent_core.Lender`."""
-        if self._handle:
-            self._library.gr_leave(self._handle)
 
     def set(self, name: str, layer: int, weight: torch.Tensor, *, place: tuple[int, int] | None = None) -> None:
         """Take over a copy of one weight: a matrix [rows, cols] of `qkv, out, gate_up, down, head`, or a vector.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 
 from runtime.errors import BudgetError, GreenroomError, UnavailableError
 from runtime.memory.eviction import EvictionName
@@ -42,7 +42,6 @@ class ExpertMemory:
         floors: tenant -> bytes that the traffic of others leaves in memory.
         tier: what kernels read.
         on_change: called from a loader thread, outside the lock, after each run of loads.
-        beside: loads run within it, beside whatever computes.
         clock: seconds, monotonic.
     """
 
@@ -56,13 +55,11 @@ class ExpertMemory:
         floors: Mapping[str, int] | None = None,
         tier: Tier | None = None,
         on_change: Callable[[], None] = lambda: None,
-        beside: Callable[[], AbstractContextManager[None]] = nullcontext,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget_bytes = budget_bytes
         self._retry_s = retry_s
         self._on_change = on_change
-        self._beside = beside
         self._clock = clock
         self._lock = threading.Lock()
         self._tier = tier or HostTier()
@@ -286,8 +283,7 @@ class ExpertMemory:
 
     def _work(self, key: UnitKey) -> None:
         """Load a unit, and with it those of its set that would be loaded next anyway: their bytes in one read."""
-        with self._beside():
-            self._load(key)
+        self._load(key)
         self._on_change()
 
     def _load(self, key: UnitKey) -> None:

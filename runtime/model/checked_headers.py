@@ -1,14 +1,13 @@
 """Headers of blobs that were found right: each is read and checked once.
 
 It knows nothing of what the tensors hold.
-Read first: two threads that begin with the same blob do not both do the work, and the one that waits needs no core.
+Read first: two threads that begin with the same blob do not both do the work.
 """
 
 from __future__ import annotations
 
 import threading
 
-from runtime.kernels.lent_core import waiting
 from runtime.model.expert import check_header
 from runtime.model.manifest import BaseRef, ExpertSet
 from runtime.model.side_by_side import read_header
@@ -29,12 +28,7 @@ class CheckedHeaders:
         """
         if entry.digest in self._digests:
             return
-        if not self._lock.acquire(blocking=False):
-            with waiting():
-                self._lock.acquire()
-        try:
+        with self._lock:
             if entry.digest not in self._digests:
                 check_header(read_header(descriptor, entry), entry, base)
                 self._digests.add(entry.digest)
-        finally:
-            self._lock.release()

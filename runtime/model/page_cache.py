@@ -1,7 +1,7 @@
 """What the disk must bring first: bytes of an open file into the page cache.
 
 It knows nothing of what the bytes are.
-Read first: who waits here computes next to nothing, so its core is another's meanwhile (`runtime.kernels.lent_core`).
+Read first: loads read what is there already; this is for what is not.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-
-from runtime.kernels.lent_core import waiting
 
 _STRIDE = 256 << 10
 _FAR = 2 << 20
@@ -30,15 +28,14 @@ def bring(descriptor: int, begin: int, end: int, *, more: bool) -> None:
         end: behind the last.
         more: all that follows will be wanted too.
     """
-    with waiting():
-        if reads_far_ahead(os.fstat(descriptor).st_dev):
-            anywhere = bytearray(_STRIDE)
-            for place in range(begin, end, _STRIDE):
-                os.preadv(descriptor, [anywhere], place)
-            return
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, begin, 0 if more else end - begin, os.POSIX_FADV_WILLNEED)  # 0: to the end
-        os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
+    if reads_far_ahead(os.fstat(descriptor).st_dev):
+        anywhere = bytearray(_STRIDE)
+        for place in range(begin, end, _STRIDE):
+            os.preadv(descriptor, [anywhere], place)
+        return
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, 0 if more else end - begin, os.POSIX_FADV_WILLNEED)  # 0: to the end
+    os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
 
 
 @cache

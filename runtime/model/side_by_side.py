@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 from runtime.errors import BlobTruncatedError, TensorMismatchError
 from runtime.kernels.inspection import Inspected, Inspector, read_cached
-from runtime.kernels.lent_core import waiting
 from runtime.model.expert import DTYPES
 from runtime.model.manifest import ExpertSet, Unit
 from runtime.model.page_cache import bring
@@ -98,7 +97,6 @@ def _read(descriptor: int, num_bytes: int, place: int) -> bytearray:
     data = bytearray(num_bytes)
     got = read_cached(descriptor, [data], place)
     if got != num_bytes:
-        with waiting():
-            got = os.preadv(descriptor, [data], place)
+        got = os.preadv(descriptor, [data], place)
     del data[got:]
     return data

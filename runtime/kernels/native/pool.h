@@ -2,9 +2,8 @@
 // It knows nothing of what it runs.
 // Read first: threads meet where all items of a phase are done. There they spin, since phases last microseconds, and give
 // the core away when one takes longer; between calls they spin for a moment and then sleep. A thread whose core somebody
-// else takes in the middle of a phase holds up all others until it has it back. So work of others can be handed to the
-// team, which does it between phases; and since a phase ends when its items are done, whoever did them, the last thread
-// stays away while guests need its core.
+// else takes in the middle of a phase holds up all others until it has it back. So a phase is over when its items are done,
+// whoever did them, and work of others can be handed to the team, which does it between phases.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -13,7 +12,6 @@
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include <immintrin.h>
@@ -37,14 +35,13 @@ class Team {
   // Run work(rank) on every thread of the team; returns when all have returned.
   void run(const std::function<void(int)>& work) {
     std::lock_guard<std::mutex> alone(mutex_);
-    set_running(true, true);
+    set_running(true);
     work_ = &work;
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
     work(0);
-    set_running(true, false);  // nothing is left to do: who stayed away comes back
     barrier();
-    set_running(false, false);
+    set_running(false);
   }
 
   // Do piece(0) to piece(count - 1) for a thread that is not of the team; returns when all are done. While the team runs,
@@ -56,45 +53,13 @@ class Team {
       return;
     }
     Errand errand{piece, count};
-    std::unique_lock<std::mutex> lock(mutex_of_others_);
-    const bool gone = guest_of == this && running_;  // it will sleep
-    if (gone) go();
+    std::unique_lock<std::mutex> lock(mutex_of_errands_);
     errands_.push_back(&errand);
     open_.store(int(errands_.size()), std::memory_order_relaxed);
     while (errand.done < count) {
       if (!running_ && errand.next < count) do_one(lock, errand);
       else changed_.wait(lock);
     }
-    if (gone) come(lock);
-  }
-
-  // A thread that is not of the team needs a core from now until `leave`; returns once it has one, or none is lent.
-  void enter() {
-    if (spare_cores_ || size_ == 1 || guest_of) return;
-    std::unique_lock<std::mutex> lock(mutex_of_others_);
-    guest_of = this;
-    come(lock);
-  }
-
-  void leave() {
-    if (guest_of != this) return;
-    std::unique_lock<std::mutex> lock(mutex_of_others_);
-    guest_of = nullptr;
-    go();
-  }
-
-  // Whether a thread should stay away now.
-  bool is_lent(int rank) const { return guests_.load(std::memory_order_relaxed) && rank + 1 == size_; }
-
-  // Stay away as long as there are guests and something is left to do.
-  void stay_away() {
-    std::unique_lock<std::mutex> lock(mutex_of_others_);
-    const auto wanted = [&] { return lends_ && guests_.load(std::memory_order_relaxed); };
-    if (!wanted()) return;
-    away_ = true;
-    changed_.notify_all();
-    while (wanted()) changed_.wait(lock);
-    away_ = false;
   }
 
   // Wait until all items of a phase are done, whoever did them.
@@ -132,26 +97,15 @@ class Team {
     else sched_yield();
   }
 
-  void set_running(bool running, bool lends) {
+  void set_running(bool running) {
     if (spare_cores_) return;
-    std::lock_guard<std::mutex> lock(mutex_of_others_);
-    const bool less = running_ > running || lends_ > lends;
+    std::lock_guard<std::mutex> lock(mutex_of_errands_);
     running_ = running;
-    lends_ = lends;
-    if (less) changed_.notify_all();
-  }
-
-  void come(std::unique_lock<std::mutex>& lock) {
-    guests_.fetch_add(1, std::memory_order_relaxed);
-    while (lends_ && !away_) changed_.wait(lock);
-  }
-
-  void go() {
-    if (guests_.fetch_sub(1, std::memory_order_relaxed) == 1) changed_.notify_all();
+    if (!running) changed_.notify_all();  // who waits with an errand goes on with it alone
   }
 
   void help() {
-    std::unique_lock<std::mutex> lock(mutex_of_others_);
+    std::unique_lock<std::mutex> lock(mutex_of_errands_);
     if (!errands_.empty()) do_one(lock, *errands_.front());
   }
 
@@ -181,14 +135,11 @@ class Team {
   const int size_;
   const bool spare_cores_ = size_ < num_cores();
   // What those who are not of the team want of it; the mutex guards what is no atomic.
-  std::mutex mutex_of_others_;
+  std::mutex mutex_of_errands_;
   std::condition_variable changed_;
   std::vector<Errand*> errands_;  // that have pieces left
   std::atomic<int> open_{0};  // how many these are
-  std::atomic<int> guests_{0};
-  bool running_ = false, lends_ = false;  // there is a run; something in it is left to do
-  bool away_ = false;  // the last thread
-  static thread_local inline const Team* guest_of = nullptr;
+  bool running_ = false;
   std::mutex mutex_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> round_{0}, phase_{0};
@@ -217,7 +168,7 @@ class Share {
   // Calls work(item) for the items of one thread, and before the first of them before(): a thread that has none may come
   // when other threads are phases further, so that without an item it must not look at what phases write.
   template <class Begin, class Work>
-  void each(int64_t count, int rank, Team& team, Begin&& before, Work&& work) {
+  void each(int64_t count, int rank, Begin&& before, Work&& work) {
     const int size = int(next_.size());
     int64_t mine = 0;
     bool begun = false;
@@ -226,10 +177,6 @@ class Share {
       const int whose = (rank + turn) % size;
       const int64_t first = begin(count, whose, size), end = begin(count, whose + 1, size);
       for (;;) {
-        if (team.is_lent(rank)) {
-          end_->done.fetch_add(std::exchange(mine, 0), std::memory_order_release);
-          team.stay_away();
-        }
         const int64_t item = first + next_[whose].value.fetch_add(1, std::memory_order_relaxed);
         if (item >= end) break;
         if (!begun) before();
@@ -242,8 +189,8 @@ class Share {
   }
 
   template <class Work>
-  void each(int64_t count, int rank, Team& team, Work&& work) {
-    each(count, rank, team, [] {}, work);
+  void each(int64_t count, int rank, Work&& work) {
+    each(count, rank, [] {}, work);
   }
 
  private:

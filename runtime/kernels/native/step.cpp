@@ -216,7 +216,7 @@ struct Step {
       // Of the items of each thread the first are columns, the others tokens.
       const int64_t items = tokens + size;
       bool has_rows = false;
-      share.each(items, rank, m.team, [&](int64_t item) {
+      share.each(items, rank, [&](int64_t item) {
         int whose = size - 1;
         while (item < Share::begin(items, whose, size)) --whose;
         if (item > Share::begin(items, whose, size)) {
@@ -231,7 +231,7 @@ struct Step {
       });
       return;
     }
-    share.each(tiles, rank, m.team, [&](int64_t tile) {
+    share.each(tiles, rank, [&](int64_t tile) {
       for (int64_t t = tile * TILE; t < std::min((tile + 1) * TILE, tokens); ++t) {
         prepare(matrix.kind, in, t, row(t), matrix.cols, 0, matrix.groups);
         then(t);
@@ -446,7 +446,7 @@ struct Step {
       upcoming.phase.spread(items / m.team.size() * asks);
       upcoming.item.clear();
     };
-    share.each(items, rank, m.team, begin, [&](int64_t item) {
+    share.each(items, rank, begin, [&](int64_t item) {
       const int64_t first = item * run, last = std::min(first + run, blocks);
       const bool begins = linears && linears->begins(first * LANES, last * LANES, parts == 2);
       if (linears && few() && (begins || item != expected)) {
@@ -541,14 +541,14 @@ struct Step {
       before();
       fetch_cache<C>(index, Share::begin(items, rank, m.team.size()));
     };
-    first.each(items, rank, m.team, begin, [&](int64_t item) {
+    first.each(items, rank, begin, [&](int64_t item) {
       m.desks[rank].upcoming.ask();
       place<C>(index, item / c.kv_heads, item % c.kv_heads);
       if (alone) attend_head<C>(index, item, scratch);
     });
     meet(first);
     if (alone) return;
-    second.each(items, rank, m.team, [&](int64_t item) {
+    second.each(items, rank, [&](int64_t item) {
       attend_head<C>(index, item, scratch);
     });
     meet(second);
@@ -801,10 +801,6 @@ int64_t gr_inspect(void* handle, int file, int wait, int64_t place, uint8_t* con
     return inspect(all, count);
   }
 }
-
-// The calling thread, which is not of the team, needs a core until it leaves; see Team::enter.
-void gr_enter(void* handle) { static_cast<Model*>(handle)->team.enter(); }
-void gr_leave(void* handle) { static_cast<Model*>(handle)->team.leave(); }
 
 // y [tokens, rows] = W x [tokens, cols] for one matrix of a layer (as in gr_set), or the head.
 int gr_linear(void* handle, int which, int64_t layer, const float* x, int64_t tokens, float* y) {
