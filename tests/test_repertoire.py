@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,14 @@ from runtime.errors import (
 from runtime.kernels.inspection import Inspector
 from runtime.model.attach import fresh_expert
 from runtime.model.base import BaseModel
-from runtime.model.expert import DTYPES, check_header, pack_expert_set, unit_tensors
+from runtime.model.expert import (
+    DTYPES,
+    check_header,
+    check_tensors,
+    is_as_packed,
+    pack_expert_set,
+    unit_tensors,
+)
 from runtime.model.generation import base_ref, check_base, open_generation
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest
 from runtime.model.repertoire import Repertoire
@@ -216,6 +224,21 @@ def test_a_header_that_says_something_else_is_refused_in_any_spelling(
     assert changed != header
     with pytest.raises(TensorMismatchError, match=named):
         check_header(spell(changed), entry, base)
+
+
+def test_no_changed_byte_passes_for_what_was_packed_that_taking_it_apart_would_refuse(published: Workshop) -> None:
+    header, entry, base = header_of(published)
+    assert is_as_packed(header, entry, base)
+    assert not is_as_packed(respaced(header), entry, base), "its keys come in another order"
+    begin, rng, taken = header.index(b'"layer.'), random.Random(0), 0
+    for place in range(len(header)):
+        changed = bytearray(header)
+        changed[place] = rng.choice(b' ,:"{}[]0123456789_ax')
+        if changed != header and is_as_packed(changed, entry, base):
+            taken += 1
+            assert place < begin, "only metadata may be otherwise"
+            check_tensors(changed, entry, base)
+    assert taken > 0
 
 
 @pytest.mark.parametrize("header", [b"", b"{", b"[]", b"\xff", b"1"])
