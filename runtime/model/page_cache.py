@@ -19,7 +19,7 @@ def bring(descriptor: int, begin: int, end: int, *, more: bool) -> None:
     """Wait until these bytes are in the page cache, as far as that can be known.
 
     Where the system reads far ahead on its own, they are read through in order: what follows is then on its way too,
-    and large pages hold it, which costs the processor half as much as being told. Elsewhere the disk is told all at
+    and large pages hold it, which costs the processor less than being told. Elsewhere the disk is told all at
     once, since many reads in flight are what a distant one needs.
 
     Args:
