@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import openai
 import pytest
+from engines import until
 from openai import OpenAI
 from ray_engines import ByWords, build_noted, follow_fast, tiny_flags
 from repertoires import Workshop
@@ -33,13 +33,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        threading.Event().wait(0.05)
 
 
 class Cluster:
@@ -100,7 +93,7 @@ def test_a_cluster_routes_by_task_survives_a_killed_replica_and_takes_new_genera
         _errors_keep_their_status(client)
         _http_answers_as_one_machine_does(cluster)
         three_tasks.publish("gold", "zz yy xx", rank=4)
-        wait_until(lambda: all(_knows(client, "gold") for _ in range(6)))
+        until(lambda: all(_knows(client, "gold") for _ in range(6)))
         _a_killed_replica_costs_only_unavailable(cluster, client)
 
 
@@ -174,13 +167,13 @@ def _a_killed_replica_costs_only_unavailable(cluster: Cluster, client: Client) -
     threads = [threading.Thread(target=ask, args=(task,)) for task in TASKS]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(answers) > 6)
+    until(lambda: len(answers) > 6)
     living = [int(note.name) for note in cluster.notes.iterdir() if Path(f"/proc/{note.name}").exists()]
     os.kill(living[0], signal.SIGKILL)
     known = len(living)
-    wait_until(lambda: len(list(cluster.notes.iterdir())) > known)
+    until(lambda: len(list(cluster.notes.iterdir())) > known)
     before = len(answers)
-    wait_until(lambda: len(answers) > before + 10)
+    until(lambda: len(answers) > before + 10)
     stopping.set()
     for thread in threads:
         thread.join(60)

@@ -283,10 +283,6 @@ class ExpertMemory:
 
     def _work(self, key: UnitKey) -> None:
         """Load a unit, and with it those of its set that would be loaded next anyway: their bytes in one read."""
-        self._load(key)
-        self._on_change()
-
-    def _load(self, key: UnitKey) -> None:
         slots = self._shelf.slots  # whatever is queued has its slot
         first = slots[key]
         run, fetch, fetch_s = [first], first.wanted.fetch, 0.0
@@ -314,6 +310,7 @@ class ExpertMemory:
                 if not slot.resident:
                     self._settle(slot, value, error, seconds)
                 self._hand_out(slot, placed.get(slot))
+        self._on_change()
 
     def _settle(self, slot: Slot, value: Held | None, error: GreenroomError | None, seconds: float) -> None:
         slot.load_s = seconds

@@ -184,28 +184,13 @@ def is_as_packed(header: bytes | bytearray, entry: ExpertSet, base: BaseRef) -> 
     begin = text.find(b'"layer.')
     try:
         others = json.loads(text[:begin].removesuffix(b",") + b"}")
-    except ValueError:
+        places = _declared(entry, base, 8 + len(header))
+    except (ValueError, TensorMismatchError):
         return False
-    if not isinstance(others, dict) or not others.keys() <= {"__metadata__"}:
-        return False
-    dtype, size = _SAFETENSORS_DTYPES[entry.dtype], DTYPES[entry.dtype].itemsize
-    forms: dict[object, list[tuple[str, int]]] = {}  # layers mostly have the same ranks
-    tensors: list[str] = []
-    for unit in entry.units:
-        ranks = tuple(unit.ranks.items())
-        if ranks not in forms:
-            forms[ranks] = [
-                (f'{name}":{{"dtype":"{dtype}","shape":[{rows},{columns}],"data_offsets":[', rows * columns * size)
-                for name, (rows, columns) in unit_tensors(unit.ranks, base, entry.layout).items()
-            ]
-        name, position = f'"layer.{unit.layer:04d}.', unit.offset - 8 - len(header)
-        end = position + unit.bytes
-        for form, num_bytes in forms[ranks]:
-            tensors.append(f"{name}{form}{position},{position + num_bytes}]}}")
-            position += num_bytes
-        if position != end:
-            return False
-    return text[begin:] == (",".join(tensors) + "}").encode()
+    form = f'":{{"dtype":"{_SAFETENSORS_DTYPES[entry.dtype]}","shape":['
+    tensors = [f'"{name}{form}{r},{c}],"data_offsets":[{start},{end}]}}' for name, (r, c), start, end in places]
+    written = (",".join(tensors) + "}").encode()
+    return isinstance(others, dict) and others.keys() <= {"__metadata__"} and text[begin:] == written
 
 
 def check_tensors(header: bytes | bytearray, entry: ExpertSet, base: BaseRef) -> None:
@@ -214,29 +199,35 @@ def check_tensors(header: bytes | bytearray, entry: ExpertSet, base: BaseRef) ->
         tensors = _entries(header)
     except (ValueError, TypeError, AttributeError) as error:
         raise TensorMismatchError(f"blob {entry.digest}: the header is not JSON") from error
-    data_start, size = 8 + len(header), DTYPES[entry.dtype].itemsize
-    expected: dict[str, dict[str, object]] = {}
-    shapes: dict[object, dict[str, tuple[int, int]]] = {}  # layers mostly have the same ranks
-    for unit in entry.units:
-        ranks = tuple(unit.ranks.items())
-        if ranks not in shapes:
-            shapes[ranks] = unit_tensors(unit.ranks, base, entry.layout)
-        position = unit.offset - data_start
-        for name, shape in shapes[ranks].items():
-            end = position + math.prod(shape) * size
-            expected[f"layer.{unit.layer:04d}.{name}"] = {
-                "dtype": _SAFETENSORS_DTYPES[entry.dtype],
-                "shape": list(shape),
-                "data_offsets": [position, end],
-            }
-            position = end
-        if position != unit.offset - data_start + unit.bytes:
-            raise TensorMismatchError(f"expert set {entry.digest}: layer {unit.layer} declares {unit.bytes} bytes")
+    dtype = _SAFETENSORS_DTYPES[entry.dtype]
+    expected: dict[str, dict[str, object]] = {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        for name, shape, start, end in _declared(entry, base, 8 + len(header))
+    }
     for name in sorted(expected.keys() | tensors.keys()):
         if tensors.get(name) != expected.get(name):
             raise TensorMismatchError(
                 f"expert set {entry.digest}: {name} is {tensors.get(name)}, the manifest says {expected.get(name)}"
             )
+
+
+def _declared(entry: ExpertSet, base: BaseRef, data_start: int) -> list[tuple[str, tuple[int, int], int, int]]:
+    """Name, shape, begin and end of every tensor of a set, in the order of the bytes."""
+    size = DTYPES[entry.dtype].itemsize
+    declared: list[tuple[str, tuple[int, int], int, int]] = []
+    forms: dict[object, list[tuple[str, tuple[int, int], int]]] = {}  # layers mostly have the same ranks
+    for unit in entry.units:
+        ranks = tuple(unit.ranks.items())
+        if ranks not in forms:
+            shapes = unit_tensors(unit.ranks, base, entry.layout)
+            forms[ranks] = [(name, shape, math.prod(shape) * size) for name, shape in shapes.items()]
+        position, layer = unit.offset - data_start, f"layer.{unit.layer:04d}."
+        for name, shape, num_bytes in forms[ranks]:
+            declared.append((layer + name, shape, position, position + num_bytes))
+            position += num_bytes
+        if position != unit.offset - data_start + unit.bytes:
+            raise TensorMismatchError(f"expert set {entry.digest}: layer {unit.layer} declares {unit.bytes} bytes")
+    return declared
 
 
 def _entries(header: bytes | bytearray) -> dict[str, dict[str, list[int]]]:

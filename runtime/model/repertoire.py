@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,8 @@ from runtime.errors import (
     NotARepertoireError,
 )
 from runtime.kernels.inspection import Inspected, Inspector
-from runtime.model.checked_headers import CheckedHeaders
 from runtime.model.durable import OnStep, no_step, write_durably
-from runtime.model.expert import Expert, UnitForm
+from runtime.model.expert import Expert, UnitForm, check_header
 from runtime.model.layout import (
     HEAD,
     blob_name,
@@ -42,13 +42,7 @@ from runtime.model.layout import (
 )
 from runtime.model.lease import shared_lease
 from runtime.model.manifest import BaseRef, ExpertSet, Manifest, Unit, parse_manifest
-from runtime.model.side_by_side import (
-    Allocate,
-    bring_absent,
-    fresh_memory,
-    read_side_by_side,
-    read_whole,
-)
+from runtime.model.side_by_side import Allocate, bring_absent, fresh_memory, read_header, read_side_by_side
 from runtime.model.signature import Signer, TrustPolicy
 from runtime.model.small_blob import small_tensors
 
@@ -69,7 +63,8 @@ class Repertoire:
         self._root_name = str(root)
         self.trust = trust
         self._on_step = on_step
-        self._headers = CheckedHeaders()
+        self._checked_headers: set[str] = set()
+        self._lock = threading.Lock()
 
     # ---- reading
 
@@ -200,7 +195,7 @@ class Repertoire:
             if size != entry.bytes:
                 raise BlobTruncatedError(f"blob {entry.digest}: {size} bytes on disk, the manifest says {entry.bytes}")
             bring_absent(descriptor, entry, units)
-            self._headers.check(descriptor, entry, base)
+            self._check_header_once(descriptor, entry, base)
             return read_side_by_side(descriptor, entry, units, allocate, inspector or Inspector())
         finally:
             os.close(descriptor)
@@ -216,7 +211,8 @@ class Repertoire:
         except FileNotFoundError as error:
             raise BlobMissingError(f"blob {digest} is not on disk") from error
         try:
-            data = read_whole(descriptor)
+            data = bytearray(os.fstat(descriptor).st_size)
+            os.preadv(descriptor, [data], 0)
         finally:
             os.close(descriptor)
         if hashlib.sha256(data).hexdigest() != digest:
@@ -346,3 +342,9 @@ class Repertoire:
     def _open_blob(self, digest: str) -> int:
         """A descriptor; without `pathlib`, which would be a good part of the time of a load."""
         return os.open(os.path.join(self._root_name, blob_name(digest)), os.O_RDONLY)  # noqa: PTH118
+
+    def _check_header_once(self, descriptor: int, entry: ExpertSet, base: BaseRef) -> None:
+        with self._lock:  # whoever comes second waits, and saves the work
+            if entry.digest not in self._checked_headers:
+                check_header(read_header(descriptor, entry), entry, base)
+                self._checked_headers.add(entry.digest)

@@ -75,28 +75,13 @@ def _bring(descriptor: int, entry: ExpertSet, units: Sequence[Unit]) -> None:
     bring(descriptor, 0 if whole else units[0].offset, units[-1].offset + units[-1].bytes, more=whole)
 
 
-def read_whole(descriptor: int) -> bytearray:
-    """All bytes of a small open file."""
-    return _read(descriptor, os.fstat(descriptor).st_size, 0)
-
-
-def read_header(descriptor: int, entry: ExpertSet) -> bytearray:
+def read_header(descriptor: int, entry: ExpertSet) -> bytes:
     """The JSON at the beginning of an open blob.
 
     Raises:
         TensorMismatchError: there is no such header.
     """
-    length = int.from_bytes(_read(descriptor, 8, 0), "little")
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if not 0 < length <= min(_MAX_HEADER_BYTES, entry.bytes - 8):
         raise TensorMismatchError(f"blob {entry.digest}: a header of {length} bytes cannot be right")
-    return _read(descriptor, length, 8)
-
-
-def _read(descriptor: int, num_bytes: int, place: int) -> bytearray:
-    """So many bytes, or as many as there are."""
-    data = bytearray(num_bytes)
-    got = read_cached(descriptor, [data], place)
-    if got != num_bytes:
-        got = os.preadv(descriptor, [data], place)
-    del data[got:]
-    return data
+    return os.pread(descriptor, length, 8)

@@ -45,15 +45,13 @@ def small_tensors(data: bytearray, shapes: Mapping[str, tuple[int, ...]], *, dig
     if found != wanted:
         name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise TensorMismatchError(f"blob {digest}: {name} is {found.get(name)}, needed is {wanted.get(name)}")
-    sizes = {shape: _SIZE * math.prod(shape) for shape in set(shapes.values())}
-    if not whole or any(end - begin != sizes[shapes[name]] for name, (begin, end) in places.items()):
+    if not whole or any(end - begin != _SIZE * math.prod(shapes[name]) for name, (begin, end) in places.items()):
         raise TensorMismatchError(f"blob {digest}: its tensors do not lie one after the other")
     if start % _SIZE:  # by a writer that aligns nothing
         data, start = data[start:], 0
     numbers = torch.frombuffer(data, dtype=torch.float32, offset=start) if start < len(data) else torch.empty(0)
-    strides = {shape: _strides(shape) for shape in set(shapes.values())}
     tensors = {
-        name: numbers.as_strided(shape, strides[shape], places[name][0] // _SIZE) for name, shape in shapes.items()
+        name: numbers.as_strided(shape, _strides(shape), places[name][0] // _SIZE) for name, shape in shapes.items()
     }
     if not all_finite(numbers):
         name = next(name for name, tensor in tensors.items() if not all_finite(tensor))
