@@ -18,7 +18,7 @@ class Bench:
         self.loader = Loader(self._work, num_threads=1, name="test")
         self.ran: list[str] = []
         self._busy, self._free, self._done = threading.Event(), threading.Event(), threading.Event()
-        self.loader.submit([("first", 0)], priority=Priority.DEMAND)
+        self.loader.submit(["first"], priority=Priority.DEMAND)
         assert self._busy.wait(10)
 
     def _work(self, key: str) -> None:
@@ -30,11 +30,11 @@ class Bench:
         else:
             self.ran.append(key)
 
-    def add(self, key: str, priority: Priority, order: int = 0) -> None:
-        self.loader.submit([(key, order)], priority=priority)
+    def add(self, key: str, priority: Priority) -> None:
+        self.loader.submit([key], priority=priority)
 
     def finish(self) -> list[str]:
-        self.loader.submit([("last", 10**6)], priority=Priority.GUESS)
+        self.loader.submit(["last"], priority=Priority.GUESS)
         self._free.set()
         assert self._done.wait(10)
         return self.ran
@@ -51,12 +51,20 @@ def bench() -> Iterator[Bench]:
     made.close()
 
 
-def test_urgent_jobs_overtake_and_equal_ones_go_by_order(bench: Bench) -> None:
+def test_urgent_jobs_overtake_and_of_equal_ones_the_oldest_runs_first(bench: Bench) -> None:
     bench.add("guess", Priority.GUESS)
-    bench.add("high layer", Priority.DEMAND, order=9)
-    bench.add("low layer", Priority.DEMAND, order=2)
+    bench.add("high layer", Priority.DEMAND)
+    bench.add("younger", Priority.DEMAND)
     bench.add("confirmed", Priority.CONFIRMED)
-    assert bench.finish() == ["low layer", "high layer", "confirmed", "guess"]
+    assert bench.finish() == ["high layer", "younger", "confirmed", "guess"]
+
+
+def test_a_set_is_read_to_its_end_before_another_of_the_same_priority(bench: Bench) -> None:
+    bench.loader.submit(["a1", "a2"], priority=Priority.GUESS)
+    bench.loader.submit(["b1", "b2"], priority=Priority.CONFIRMED)
+    bench.add("c1", Priority.CONFIRMED)
+    bench.loader.raise_to(["a1", "a2"], Priority.CONFIRMED)
+    assert bench.finish() == ["a1", "a2", "b1", "b2", "c1"], "what is raised is not made younger"
 
 
 def test_a_waiting_job_can_be_raised_but_not_lowered(bench: Bench) -> None:
@@ -131,8 +139,8 @@ def test_gdsf_forgets_old_priorities_however_often_something_is_used() -> None:
 
 
 def test_a_job_that_runs_takes_over_what_would_run_next_as_long_as_it_is_alike(bench: Bench) -> None:
-    for order, key in enumerate(["a1", "a2", "gone", "a3", "b1", "a4"]):
-        bench.add(key, Priority.GUESS, order)
+    for key in ("a1", "a2", "gone", "a3", "b1", "a4"):
+        bench.add(key, Priority.GUESS)
     bench.loader.withdraw("gone")
     bench.loader.raise_to(["a3"], Priority.DEMAND)
     assert bench.loader.take_next(2, lambda key: str(key).startswith("a")) == ["a3", "a1"]
@@ -152,7 +160,7 @@ def test_jobs_that_are_submitted_together_are_all_queued_before_the_first_of_the
     loader = Loader(work, num_threads=1, name="test")
     for _ in range(20):
         done.clear()
-        loader.submit([("a", 1), ("b", 0), ("c", 2)], priority=Priority.GUESS)
+        loader.submit(["a", "b", "c"], priority=Priority.GUESS)
         assert done.wait(10)
     loader.close()
-    assert taken == [["a", "c"]] * 20
+    assert taken == [["b", "c"]] * 20

@@ -256,14 +256,14 @@ def test_layers_of_two_sets_are_never_fetched_together(disk: Disk, loaded: Signa
     first = memory.reserve(disk.set("x", 1))
     assert disk.reading.wait(10)
     assert first is not None
-    one, two = memory.reserve(disk.set("a", 3)), memory.reserve(disk.set("b", 1))
+    one, two = memory.reserve(disk.set("a", 3)), memory.reserve(disk.set("b", 2))
     disk.gate.set()
-    loaded.wait_for(4)
+    loaded.wait_for(3)
     assert one is not None
     assert two is not None
     assert (one.ready, two.ready) == (True, True)
-    assert disk.reads[1:] == [("a", -1), ("b", -1), ("a", 0), ("a", 1)], "by layer, whatever lies side by side"
-    assert disk.fetches == [(0, 1)]
+    assert disk.reads[1:] == [("a", -1), ("a", 0), ("a", 1), ("b", -1), ("b", 0)], "one set, and then the other"
+    assert disk.fetches == [(-1, 0, 1), (-1, 0)]
     memory.close()
 
 

@@ -1,7 +1,8 @@
 """The loader: threads that do jobs by priority, and jobs that can still be raised or withdrawn while they wait.
 
 It knows nothing of experts; `runtime.memory.memory` says what a job is, and gives it keys.
-Read first: a lower number is more urgent. A job that has begun is never interrupted; one that waits can be overtaken.
+Read first: a lower number is more urgent, and of equally urgent jobs the oldest runs first, so that of two sets one is
+there early instead of both late. A job that has begun is never interrupted; one that waits can be overtaken.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Loader(Generic[Key]):
     def __init__(self, work: Callable[[Key], None], *, num_threads: int, name: str) -> None:
         self._work = work
         self._lock = threading.Condition()
-        self._queue: list[tuple[int, int, int, Key]] = []
-        self._jobs: dict[Key, tuple[int, int]] = {}  # priority, order
+        self._queue: list[tuple[int, int, Key]] = []
+        self._jobs: dict[Key, tuple[int, int]] = {}  # priority, number
         self._count = 0
         self._closed = False
         self._threads = [
@@ -45,19 +46,20 @@ class Loader(Generic[Key]):
         for thread in self._threads:
             thread.start()
 
-    def submit(self, jobs: Sequence[tuple[Key, int]], *, priority: Priority) -> None:
-        """Queue the jobs of keys, each with its order: of equal priorities the smaller runs first, then the older.
+    def submit(self, keys: Sequence[Key], *, priority: Priority) -> None:
+        """Queue the jobs of keys, in the order in which they should run.
 
         No thread begins before all are queued, so that one that takes over its neighbours (`take_next`) finds them.
         """
         with self._lock:
-            for key, order in jobs:
+            for key in keys:
                 assert key not in self._jobs, f"{key} is queued already"
-                self._push(key, priority, order)
-            self._lock.notify(len(jobs))
+                self._count += 1
+                self._push(key, priority, self._count)
+            self._lock.notify(len(keys))
 
     def raise_to(self, keys: Iterable[Key], priority: Priority) -> None:
-        """Make waiting jobs more urgent; nothing happens to those that have begun or are as urgent already."""
+        """Make waiting jobs more urgent, and no younger; nothing happens to those that have begun or are as urgent."""
         with self._lock:
             for key in keys:
                 waiting = self._jobs.get(key)
@@ -79,9 +81,8 @@ class Loader(Generic[Key]):
         taken: list[Key] = []
         with self._lock:
             while len(taken) < limit and self._queue:
-                priority, _, _, key = self._queue[0]
-                waiting = self._jobs.get(key)
-                valid = waiting is not None and waiting[0] == priority
+                priority, number, key = self._queue[0]
+                valid = self._jobs.get(key) == (priority, number)
                 if valid and not alike(key):
                     break
                 heapq.heappop(self._queue)
@@ -99,10 +100,9 @@ class Loader(Generic[Key]):
         for thread in self._threads:
             thread.join()
 
-    def _push(self, key: Key, priority: int, order: int) -> None:
-        self._jobs[key] = (priority, order)
-        self._count += 1
-        heapq.heappush(self._queue, (priority, order, self._count, key))
+    def _push(self, key: Key, priority: int, number: int) -> None:
+        self._jobs[key] = (priority, number)
+        heapq.heappush(self._queue, (priority, number, key))
 
     def _run(self) -> None:
         while True:
@@ -110,9 +110,8 @@ class Loader(Generic[Key]):
                 self._lock.wait_for(lambda: self._closed or self._queue)
                 if self._closed:
                     return
-                priority, _, _, key = heapq.heappop(self._queue)
-                waiting = self._jobs.get(key)
-                if waiting is None or waiting[0] != priority:
+                priority, number, key = heapq.heappop(self._queue)
+                if self._jobs.get(key) != (priority, number):
                     continue  # withdrawn, or raised: the entry that counts is another one
                 del self._jobs[key]
             self._work(key)

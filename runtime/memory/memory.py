@@ -105,7 +105,7 @@ class ExpertMemory:
             begun: list[UnitKey] = []
             for wanted in visible.wanted:
                 self._reserve_one(reservation, wanted, tenant, begin, begun)
-            self._submit(begin, priority)
+            self._loader.submit(begin, priority=priority)
             self._loader.raise_to(begun, priority)
             if pin:
                 self._shelf.pin(reservation.keys, 1)
@@ -149,7 +149,7 @@ class ExpertMemory:
                     if slot.state is State.LOADING and guess:
                         slot.guesses += 1
                         keys.append(wanted.key)
-                self._submit(begin, Priority.GUESS)
+                self._loader.submit(begin, priority=Priority.GUESS)
         return Prefetch(tuple(keys), on_cancel=self._withdraw)
 
     def missing_bytes(self, visible: VisibleSet) -> int:
@@ -229,9 +229,6 @@ class ExpertMemory:
             if slot is not None and slot.state is State.FAILED and (slot.references or now < slot.retry_at):
                 assert slot.error is not None, "a failed slot knows why"
                 raise slot.error
-
-    def _submit(self, keys: Sequence[UnitKey], priority: Priority) -> None:
-        self._loader.submit([(key, key[1]) for key in keys], priority=priority)
 
     def _begin_to_place(self, slot: Slot) -> None:
         slot.busy = True
@@ -330,7 +327,7 @@ class ExpertMemory:
         slot.waiting = [reservation for reservation in slot.waiting if not reservation.released]
         if slot.resident and slot.placed is None and slot.waiting:
             self._begin_to_place(slot)  # it was reserved after this job had looked
-            self._submit([slot.wanted.key], Priority.DEMAND)
+            self._loader.submit([slot.wanted.key], priority=Priority.DEMAND)
         else:
             waiting, slot.waiting = slot.waiting, []
             for reservation in waiting:
