@@ -174,6 +174,13 @@ def drop_pages(repertoire: Repertoire, manifest: Manifest, task: int) -> None:
         os.close(descriptor)
 
 
+def into_page_cache(root: Path) -> None:
+    """Let the kernel have read every blob of a repertoire."""
+    for path in (root / "blobs").rglob("*"):
+        if path.is_file():
+            path.read_bytes()
+
+
 def set_bytes(repertoire: Repertoire) -> int:
     """Bytes of one task in memory: the units of its expert set, and its routers (a row of D float32 per unit)."""
     manifest = repertoire.manifest()
@@ -273,9 +280,7 @@ def first_tokens(
             (name, open_engines.enter_context(bench.serve(Repertoire(root), prompt=words, **options)))
             for name, options in ways.items()
         ]
-        for path in (root / "blobs").rglob("*"):
-            if path.is_file():
-                path.read_bytes()  # into the page cache
+        into_page_cache(root)
         for task in tasks:
             begin = (turn + task) % len(engines)
             for name, served in engines[begin:] + engines[:begin]:
@@ -344,7 +349,9 @@ def pressure(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int)
 
 
 class SlowStorage(Repertoire):
-    """The same repertoire as slower storage would give it; who reads waits and computes nothing.
+    """The same repertoire as slower storage would give it; who reads waits, computes nothing, and then has the bytes.
+
+    Its blobs should be in the page cache: what this machine's disk takes is no part of another storage.
 
     Args:
         root: of the repertoire.
@@ -386,71 +393,83 @@ def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) ->
     """P99 of the time to first token with guesses over that without; the same on slower storage."""
     volume = SlowStorage(repertoire.root, bytes_per_s=VOLUME)
     distant = SlowStorage(repertoire.root, first_byte_s=FIRST_BYTE_S)
-    figures = churn_on(bench, repertoire, num_tasks, 6 * repeats)
-    for name, storage, loaders in (("slow_disk", volume, 2), ("distant", distant, 16)):
-        there = churn_on(bench, storage, num_tasks, 6 * repeats, num_loaders=loaders)
+    figures = churn_on(bench, repertoire, num_tasks, 5 * repeats, forget=True)
+    for name, storage, loaders in (("slow_disk", volume, 2), ("distant", distant, 96)):
+        there = churn_on(bench, storage, num_tasks, 5 * repeats, num_loaders=loaders)
         figures |= {f"{key}_{name}": value for key, value in there.items()}
     return figures
 
 
 def churn_on(
-    bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int, *, num_loaders: int = 2
+    bench: Bench, repertoire: Repertoire, num_tasks: int, rounds: int, *, num_loaders: int = 2, forget: bool = False
 ) -> dict[str, object]:
     """One storage's part of it: rounds of 50 requests; ratios of all, and where 95 % lie when rounds are drawn anew.
 
-    Short answers of 16 tasks, each as likely, large experts, room for half of them, nothing of them in the page cache.
-    Requests come at random, half as many a second as could be answered without guesses.
+    Short answers of 16 tasks, each as likely, large experts, room for half of them. Requests come at random, half as
+    many a second as could be answered without guesses. "resident" has room for all: no guess can gain more than that.
     """
     budget = num_tasks * set_bytes(repertoire) // 2
-    pairs: list[tuple[list[float], list[float]]] = []
-    options = {
-        "prompt": short_prompt,
-        "expert_budget_bytes": budget,
-        "max_running": 4,
-        "num_loaders": num_loaders,
+    ways = {
+        "prefetch": {"prefetch": True, "expert_budget_bytes": budget},
+        "off": {"prefetch": False, "expert_budget_bytes": budget},
+        "resident": {"prefetch": False, "expert_budget_bytes": 4 * budget},
     }
-    with (
-        bench.serve(repertoire, prefetch=True, **options) as on,  # type: ignore[arg-type]
-        bench.serve(repertoire, prefetch=False, **options) as off,  # type: ignore[arg-type]
-    ):
-        for served in (on, off):
+    cold = repertoire if forget else None
+    found: dict[str, list[list[float]]] = {name: [] for name in ways}
+    with ExitStack() as open_engines:
+        engines = {
+            name: open_engines.enter_context(bench.serve(repertoire, num_loaders=num_loaders, **options))
+            for name, options in ways.items()
+        }
+        for served in engines.values():
             served.burst(range(num_tasks), width=4, num_tokens=2)
-        rate = off.burst(random.Random("rate").choices(range(num_tasks), k=50), width=4, num_tokens=2) / 2 / 2
-        before = [served.engine.statistics().stall_s for served in (on, off)]
+        tasks = random.Random("rate").choices(range(num_tasks), k=50)
+        rate = engines["off"].burst(tasks, width=EngineOptions.max_running, num_tokens=2) / 2 / 2
+        if not forget:
+            into_page_cache(repertoire.root)
+        before = {name: served.engine.statistics().stall_s for name, served in engines.items()}
         for number in range(rounds):
-            turns = (on, off) if number % 2 else (off, on)
-            found = {served: arrivals(served, repertoire, num_tasks, rate, seed=number) for served in turns}
-            pairs.append((found[on], found[off]))
-        memory = on.engine.statistics().memory
-        stalls = [served.engine.statistics().stall_s - was for served, was in zip((on, off), before, strict=True)]
+            begin = number % len(engines)
+            for name in [*ways][begin:] + [*ways][:begin]:
+                found[name].append(arrivals(engines[name], num_tasks, rate, seed=number, cold=cold))
+        memory = engines["prefetch"].engine.statistics().memory
+        stalls = {name: served.engine.statistics().stall_s - before[name] for name, served in engines.items()}
     settled = memory.prefetch_useful_bytes + memory.prefetch_wasted_bytes
+    count = 50 * rounds
 
-    def ratio(share: float, drawn: Sequence[tuple[list[float], list[float]]]) -> float:
-        with_guesses, without = ([seconds for pair in drawn for seconds in pair[i]] for i in (0, 1))
-        return percentile(with_guesses, share) / percentile(without, share)
+    def pooled(name: str, share: float, drawn: Sequence[int] = range(rounds)) -> float:
+        return percentile([seconds for number in drawn for seconds in found[name][number]], share)
 
-    chance = random.Random(0)
-    spread = sorted(ratio(0.99, chance.choices(pairs, k=rounds)) for _ in range(1000))
-    every = [seconds for pair in pairs for seconds in pair[1]]
-    return {
-        "p99_ttft_prefetch_over_off": ratio(0.99, pairs),
-        "p99_ttft_prefetch_over_off_interval": (percentile(spread, 0.025), percentile(spread, 0.975)),
-        "p90_ttft_prefetch_over_off": ratio(0.9, pairs),
-        "p50_ttft_prefetch_over_off": ratio(0.5, pairs),
-        "p99_ttft_off_ms": 1e3 * percentile(every, 0.99),
-        "p50_ttft_off_ms": 1e3 * percentile(every, 0.5),
-        "requests_each_way": len(every),
+    def spread(name: str) -> tuple[float, float]:
+        chance = random.Random(0)
+        draws = [chance.choices(range(rounds), k=rounds) for _ in range(1000)]
+        ratios = [pooled(name, 0.99, drawn) / pooled("off", 0.99, drawn) for drawn in draws]
+        return percentile(ratios, 0.025), percentile(ratios, 0.975)
+
+    figures: dict[str, object] = {}
+    for name in ("prefetch", "resident"):
+        for share in (50, 90, 99):
+            figures[f"p{share}_ttft_{name}_over_off"] = pooled(name, share / 100) / pooled("off", share / 100)
+        figures[f"mean_ttft_{name}_over_off"] = sum(map(sum, found[name])) / sum(map(sum, found["off"]))
+        figures[f"p99_ttft_{name}_over_off_interval"] = spread(name)
+    return figures | {
+        "p99_ttft_off_ms": 1e3 * pooled("off", 0.99),
+        "p50_ttft_off_ms": 1e3 * pooled("off", 0.5),
+        "requests_each_way": count,
         "requests_per_s": rate,
-        "stall_ms_per_request": 1e3 * stalls[0] / len(every),
-        "stall_ms_per_request_off": 1e3 * stalls[1] / len(every),
+        "stall_ms_per_request": 1e3 * stalls["prefetch"] / count,
+        "stall_ms_per_request_off": 1e3 * stalls["off"] / count,
         "prefetch_precision": memory.prefetch_precision,
         "prefetch_recall": memory.prefetch_recall,
         "wasted_bytes_share": memory.prefetch_wasted_bytes / max(1, settled),
     }
 
 
-def arrivals(served: Served, repertoire: Repertoire, num_tasks: int, rate: float, *, seed: int) -> list[float]:
-    """Seconds to the first token of 50 requests that come at random, `rate` a second (Poisson)."""
+def arrivals(served: Served, num_tasks: int, rate: float, *, seed: int, cold: Repertoire | None) -> list[float]:
+    """Seconds to the first token of 50 requests that come at random, `rate` a second (Poisson).
+
+    Nothing of a task in `cold` is in the page cache when a request for it comes.
+    """
     chance = random.Random(seed)
     flying: list[Asked] = []
     due = time.perf_counter()
@@ -458,7 +477,8 @@ def arrivals(served: Served, repertoire: Repertoire, num_tasks: int, rate: float
         due += chance.expovariate(rate)
         time.sleep(max(0.0, due - time.perf_counter()))
         task = chance.randrange(num_tasks)
-        drop_pages(repertoire, served.engine.generation.manifest, task)
+        if cold is not None:
+            drop_pages(cold, served.engine.generation.manifest, task)
         flying.append(served.ask(task, num_tokens=2))
     return [asked.first_s() for asked in flying]
 
@@ -509,7 +529,7 @@ def main() -> None:
     # All of them before the step, which takes the base's weights.
     some = repertoire("some", working_set)
     short = repertoire("short", working_set, prompt=short_prompt)
-    large = repertoire("large", working_set, rank=LARGE_RANK, prompt=short_prompt)
+    large = repertoire("some_large", working_set, rank=LARGE_RANK)
     few, many = (repertoire(name, count, locate=False) for name, count in (("few", 5), ("many", options.many)))
     step = make_step_model(
         base.model,

@@ -91,11 +91,12 @@ def test_whether_steps_are_recorded_reaches_the_engine(tmp_path: Path) -> None:
     assert DEFAULTS.engine_flags().cuda_graphs == "auto"
 
 
-def test_floors_ranks_and_the_device_budget_reach_the_engine(tmp_path: Path) -> None:
-    text = 'repertoire = "r"\n[engine]\ntenant_floors = "gold=2MiB, tin=1000"\nmax_rank = 8\ndevice_memory = "3MiB"'
+def test_floors_ranks_loaders_and_the_device_budget_reach_the_engine(tmp_path: Path) -> None:
+    chosen = 'tenant_floors = "gold=2MiB, tin=1000"\nmax_rank = 8\nloaders = 5\ndevice_memory = "3MiB"'
+    text = f'repertoire = "r"\n[engine]\n{chosen}'
     limits = load_config(written(tmp_path, text), {}).engine_flags().limits
     assert dict(limits.tenant_floors) == {"gold": 2 << 20, "tin": 1000}
-    assert (limits.max_rank, limits.device_budget_bytes) == (8, 3 << 20)
+    assert (limits.max_rank, limits.num_loaders, limits.device_budget_bytes) == (8, 5, 3 << 20)
     assert not DEFAULTS.engine_flags().limits.tenant_floors
 
 

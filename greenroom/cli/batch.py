@@ -60,6 +60,7 @@ def batch(
     expert_memory: flags.ExpertMemoryFlag = flags.DEFAULT_EXPERT_MEMORY,
     device_memory: flags.DeviceMemoryFlag = flags.DEFAULT_DEVICE_MEMORY,
     max_rank: flags.MaxRankFlag = flags.LIMITS.max_rank,
+    loaders: flags.LoadersFlag = flags.LIMITS.num_loaders,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,
     policy: flags.PolicyFlag = flags.LIMITS.policy,
@@ -90,6 +91,7 @@ def batch(
         device_memory=device_memory,
         tenant_floors="",  # a file's rows are nobody's in particular
         max_rank=max_rank,
+        loaders=loaders,
         kv_memory=kv_memory,
         prefix_memory="0B",  # what ran before must not change how a shard is computed
         max_running=max_running,

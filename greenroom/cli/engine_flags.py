@@ -31,6 +31,9 @@ DeviceMemoryFlag = Annotated[
     str, typer.Option("--device-memory", help="Bytes of experts on a GPU, as in 1GiB; on a CPU it counts for nothing.")
 ]
 MaxRankFlag = Annotated[int, typer.Option("--max-rank", min=1, help="Experts of a higher rank are refused.")]
+LoadersFlag = Annotated[
+    int, typer.Option("--loaders", min=1, help="Threads that read experts; more where storage is slow to begin.")
+]
 TenantFloorsFlag = Annotated[
     str, typer.Option("--tenant-floors", help="Bytes that others leave a tenant's experts, as in gold=64MiB,tin=8MiB.")
 ]
@@ -121,6 +124,7 @@ def collect(
     device_memory: str,
     tenant_floors: str,
     max_rank: int,
+    loaders: int,
     kv_memory: str,
     prefix_memory: str,
     max_running: int,
@@ -139,6 +143,7 @@ def collect(
         device_budget_bytes=parse_size("device_memory", device_memory),
         tenant_floors=parse_sizes("tenant_floors", tenant_floors),
         max_rank=max_rank,
+        num_loaders=loaders,
         kv_budget_bytes=parse_size("kv_memory", kv_memory),
         prefix_budget_bytes=parse_size("prefix_memory", prefix_memory, least=0),
         max_running=max_running,

@@ -36,6 +36,7 @@ def serve(
     device_memory: flags.DeviceMemoryFlag = flags.DEFAULT_DEVICE_MEMORY,
     tenant_floors: flags.TenantFloorsFlag = flags.DEFAULT_TENANT_FLOORS,
     max_rank: flags.MaxRankFlag = flags.LIMITS.max_rank,
+    loaders: flags.LoadersFlag = flags.LIMITS.num_loaders,
     kv_memory: flags.KvMemoryFlag = flags.DEFAULT_KV_MEMORY,
     prefix_memory: flags.PrefixMemoryFlag = flags.DEFAULT_PREFIX_MEMORY,
     max_running: flags.MaxRunningFlag = flags.LIMITS.max_running,

@@ -43,6 +43,7 @@ class EngineSection(_Section):
     device_memory: str = flags.DEFAULT_DEVICE_MEMORY
     tenant_floors: str = flags.DEFAULT_TENANT_FLOORS
     max_rank: Annotated[int, Field(ge=1)] = flags.LIMITS.max_rank
+    loaders: Annotated[int, Field(ge=1)] = flags.LIMITS.num_loaders
     kv_memory: str = flags.DEFAULT_KV_MEMORY
     prefix_memory: str = flags.DEFAULT_PREFIX_MEMORY
     max_running: Annotated[int, Field(ge=1)] = flags.LIMITS.max_running

@@ -17,9 +17,9 @@ _DEVICES = Path("/sys/class/bdi")
 def bring(descriptor: int, begin: int, end: int, *, more: bool) -> None:
     """Wait until these bytes are in the page cache, as far as that can be known.
 
-    Where the system reads far ahead on its own, they are sent to nowhere in order, which copies nothing: what follows is
-    then on its way too, and large pages hold it, which costs the processor less than being told. Elsewhere the disk is
-    told all at once, since many reads in flight are what a distant one needs.
+    Where the system reads far ahead on its own, they are sent to nowhere in order, which copies nothing: what follows
+    is then on its way too, and large pages hold it, which costs the processor less than being told. Elsewhere the disk
+    is told all at once, since many reads in flight are what a distant one needs.
 
     Args:
         descriptor: of the file.
