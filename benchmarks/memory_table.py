@@ -33,17 +33,12 @@ def table(results: Mapping[str, Any]) -> str:
         low, high = results[f"p99_ttft_{way}_over_off_interval{storage}"]
         return f"{results[f'p99_ttft_{way}_over_off{storage}']:.2f} ({low:.2f} to {high:.2f})"
 
-    means, floors = (
-        [read(storage) for storage in ("", "_slow_disk", "_distant")]
-        for read in (
-            lambda storage: f"{results[f'mean_ttft_prefetch_over_off{storage}']:.2f}",
-            lambda storage: churn(storage, "resident"),
-        )
-    )
-
+    disks = ("", "_slow_disk", "_distant")
+    means = " and ".join(f"{results[f'mean_ttft_prefetch_over_off{disk}']:.2f}" for disk in disks)
+    floors = " and ".join(churn(disk, "resident") for disk in disks)
     stalls = " and ".join(
         f"{results[f'stall_ms_per_request{disk}']:.1f} instead of {results[f'stall_ms_per_request_off{disk}']:.1f}"
-        for disk in ("", "_slow_disk", "_distant")
+        for disk in disks
     )
     guesses = ", ".join(
         f"{results[name]:.2f}" for name in ("prefetch_precision", "prefetch_recall", "wasted_bytes_share")
@@ -66,8 +61,8 @@ def table(results: Mapping[str, Any]) -> str:
         ("`p99_ttft_prefetch_over_off` in churn, this machine's disk", churn(""), "0.75 or less"),
         ("`p99_ttft_prefetch_over_off_slow_disk`, the same at 200 MB/s", churn("_slow_disk"), "0.75 or less"),
         ("`p99_ttft_prefetch_over_off_distant`, the same 100 ms away", churn("_distant"), "0.75 or less"),
-        ("the mean instead of P99, on the three", " and ".join(means), ""),
-        ("P99 with all experts in memory over that without guesses, on the three", " and ".join(floors), ""),
+        ("the mean instead of P99, on the three", means, ""),
+        ("P99 with all experts in memory over that without guesses, on the three", floors, ""),
         (
             "ms per request that prompts stood still in churn, on the three, with guesses instead of without",
             stalls,

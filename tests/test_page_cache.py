@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -16,8 +17,14 @@ def num_cached(descriptor: int, size: int) -> int:
     return read_cached(descriptor, [bytearray(size)], 0)
 
 
-@pytest.mark.parametrize("far", [False, True])
-def test_what_was_brought_needs_no_disk_any_more(far: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse(*_of: int) -> int:
+    raise OSError(errno.EINVAL, "this file system sends nothing")
+
+
+@pytest.mark.parametrize(("far", "sends"), [(False, True), (True, True), (True, False)])
+def test_what_was_brought_needs_no_disk_any_more(
+    far: bool, sends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = (3 << 20) + 17
     path = tmp_path / "blob"
     path.write_bytes(os.urandom(size))
@@ -28,6 +35,8 @@ def test_what_was_brought_needs_no_disk_any_more(far: bool, tmp_path: Path, monk
         if num_cached(descriptor, size):
             pytest.skip("this file system keeps all its pages, or does not say which")
         monkeypatch.setattr(page_cache, "reads_far_ahead", lambda _device: far)
+        if not sends:
+            monkeypatch.setattr(os, "sendfile", refuse)
         bring(descriptor, 0, size, more=False)
         assert num_cached(descriptor, size) == size
     finally:

@@ -27,13 +27,21 @@ def bring(descriptor: int, begin: int, end: int, *, more: bool) -> None:
         end: behind the last.
         more: all that follows will be wanted too.
     """
-    if reads_far_ahead(os.fstat(descriptor).st_dev):
-        while begin < end and (sent := os.sendfile(_nowhere(), descriptor, begin, end - begin)):
-            begin += sent
+    if reads_far_ahead(os.fstat(descriptor).st_dev) and _send_to_nowhere(descriptor, begin, end):
         return
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, begin, 0 if more else end - begin, os.POSIX_FADV_WILLNEED)  # 0: to the end
     os.pread(descriptor, 1, end - 1)  # a disk brings what it was told in this order, so the rest is there too
+
+
+def _send_to_nowhere(descriptor: int, begin: int, end: int) -> bool:
+    """False where it cannot be done; if it is the disk that refuses, whoever reads will be told."""
+    try:
+        while begin < end and (sent := os.sendfile(_nowhere(), descriptor, begin, end - begin)):
+            begin += sent
+    except OSError:  # a file system without it
+        return False
+    return True
 
 
 @cache
