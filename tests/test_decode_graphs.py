@@ -251,9 +251,10 @@ def test_where_nothing_can_be_recorded_it_is_tried_once(three_tasks: Workshop, m
     plain, engine = make_engine(three_tasks), make_engine(three_tasks, capture=refuse)
     crowd = [{"text": "abc", "task": "red", "max_tokens": 5}, {"text": "ab", "task": "blue", "max_tokens": 3}]
     assert_alike(told(three_tasks, ask_all(plain, crowd)), told(three_tasks, ask_all(engine, crowd)))
+    before = engine.statistics().graphs.fallbacks  # how many of the crowd's steps only decode is a matter of time
+    ask(engine, "abc", task="red", max_tokens=5).wait()
+    assert engine.statistics().graphs == GraphCounts(fallbacks=before + 4)
     assert len(tried) == 1
-    assert engine.statistics().graphs.fallbacks >= 4
-    assert engine.statistics().graphs.replays == 0
 
 
 @dataclass
