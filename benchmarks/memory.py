@@ -26,8 +26,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -74,6 +76,9 @@ def prompt(task: int, variant: int = 0, *, num_words: int = 96) -> str:
 def short_prompt(task: int, variant: int = 0) -> str:
     """The same in eight words."""
     return prompt(task, variant, num_words=8)
+
+
+Item = TypeVar("Item")
 
 
 class Asked:
@@ -258,7 +263,7 @@ def cold_and_warm(bench: Bench, long: Repertoire, short: Repertoire, num_tasks: 
                 pairs[name].append(pair)
         for name, found in pairs.items():
             figures[f"cold_over_warm_ttft{length}_{name}"] = ratio_of_medians(found)
-            figures[f"cold_over_warm_ttft{length}_{name}_interval"] = interval(found)
+            figures[f"cold_over_warm_ttft{length}_{name}_interval"] = interval(found, ratio_of_medians)
         warm = [pair[1] for found in pairs.values() for pair in found]
         figures |= {f"warm_ttft{length}_ms": 1e3 * statistics.median(warm), f"cold_samples{length}": len(found)}
     return {"cold_over_warm_ttft": figures["cold_over_warm_ttft_prefetch_warm_pages"], **figures}
@@ -282,8 +287,7 @@ def first_tokens(
         ]
         into_page_cache(root)
         for task in tasks:
-            begin = (turn + task) % len(engines)
-            for name, served in engines[begin:] + engines[:begin]:
+            for name, served in rotated(engines, turn + task):
                 if name.endswith("cold_pages"):
                     drop_pages(Repertoire(root), served.engine.generation.manifest, task)
                 cold, warm = (served.ask(task, num_tokens=1).first_s() for _ in range(2))
@@ -299,11 +303,19 @@ def ratio_of_medians(pairs: Sequence[tuple[float, float]]) -> float:
     return cold / warm
 
 
-def interval(pairs: Sequence[tuple[float, float]], *, draws: int = 1000) -> tuple[float, float]:
-    """Where 95 % of the ratios of medians lie when the pairs are drawn anew with replacement (bootstrap)."""
+def interval(
+    samples: Sequence[Item], ratio: Callable[[Sequence[Item]], float], *, draws: int = 1000
+) -> tuple[float, float]:
+    """Where 95 % of the ratios lie when the samples are drawn anew with replacement (bootstrap)."""
     chance = random.Random(0)
-    ratios = sorted(ratio_of_medians(chance.choices(pairs, k=len(pairs))) for _ in range(draws))
+    ratios = [ratio(chance.choices(samples, k=len(samples))) for _ in range(draws)]
     return percentile(ratios, 0.025), percentile(ratios, 0.975)
+
+
+def rotated(ways: Sequence[Item], turn: int) -> list[Item]:
+    """The same ways, beginning with another one in every turn."""
+    begin = turn % len(ways)
+    return [*ways[begin:], *ways[:begin]]
 
 
 # ---- budgets smaller than the working set
@@ -414,7 +426,6 @@ def churn_on(
         "off": {"prefetch": False, "expert_budget_bytes": budget},
         "resident": {"prefetch": False, "expert_budget_bytes": 4 * budget},
     }
-    cold = repertoire if forget else None
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     with ExitStack() as open_engines:
         engines = {
@@ -429,8 +440,8 @@ def churn_on(
             into_page_cache(repertoire.root)
         before = {name: served.engine.statistics().stall_s for name, served in engines.items()}
         for number in range(rounds):
-            begin = number % len(engines)
-            for name in [*ways][begin:] + [*ways][:begin]:
+            for name in rotated([*ways], number):
+                cold = repertoire if forget else None
                 found[name].append(arrivals(engines[name], num_tasks, rate, seed=number, cold=cold))
         memory = engines["prefetch"].engine.statistics().memory
         stalls = {name: served.engine.statistics().stall_s - before[name] for name, served in engines.items()}
@@ -440,18 +451,15 @@ def churn_on(
     def pooled(name: str, share: float, drawn: Sequence[int] = range(rounds)) -> float:
         return percentile([seconds for number in drawn for seconds in found[name][number]], share)
 
-    def spread(name: str) -> tuple[float, float]:
-        chance = random.Random(0)
-        draws = [chance.choices(range(rounds), k=rounds) for _ in range(1000)]
-        ratios = [pooled(name, 0.99, drawn) / pooled("off", 0.99, drawn) for drawn in draws]
-        return percentile(ratios, 0.025), percentile(ratios, 0.975)
+    def over_off(name: str, share: float, drawn: Sequence[int] = range(rounds)) -> float:
+        return pooled(name, share, drawn) / pooled("off", share, drawn)
 
     figures: dict[str, object] = {}
     for name in ("prefetch", "resident"):
         for share in (50, 90, 99):
-            figures[f"p{share}_ttft_{name}_over_off"] = pooled(name, share / 100) / pooled("off", share / 100)
+            figures[f"p{share}_ttft_{name}_over_off"] = over_off(name, share / 100)
         figures[f"mean_ttft_{name}_over_off"] = sum(map(sum, found[name])) / sum(map(sum, found["off"]))
-        figures[f"p99_ttft_{name}_over_off_interval"] = spread(name)
+        figures[f"p99_ttft_{name}_over_off_interval"] = interval(range(rounds), partial(over_off, name, 0.99))
     return figures | {
         "p99_ttft_off_ms": 1e3 * pooled("off", 0.99),
         "p50_ttft_off_ms": 1e3 * pooled("off", 0.5),

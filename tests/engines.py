@@ -99,7 +99,7 @@ def ask(engine: Engine, text: str, *, max_tokens: int = 8, sampling: dict | None
     return answer
 
 
-def until(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
     """Wait for something that comes about on another thread."""
     end = time.monotonic() + seconds
     while not condition():

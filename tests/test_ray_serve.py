@@ -93,7 +93,7 @@ def test_a_cluster_routes_by_task_survives_a_killed_replica_and_takes_new_genera
         _errors_keep_their_status(client)
         _http_answers_as_one_machine_does(cluster)
         three_tasks.publish("gold", "zz yy xx", rank=4)
-        until(lambda: all(_knows(client, "gold") for _ in range(6)))
+        until(lambda: all(_knows(client, "gold") for _ in range(6)), seconds=60.0)
         _a_killed_replica_costs_only_unavailable(cluster, client)
 
 
@@ -167,13 +167,13 @@ def _a_killed_replica_costs_only_unavailable(cluster: Cluster, client: Client) -
     threads = [threading.Thread(target=ask, args=(task,)) for task in TASKS]
     for thread in threads:
         thread.start()
-    until(lambda: len(answers) > 6)
+    until(lambda: len(answers) > 6, seconds=60.0)
     living = [int(note.name) for note in cluster.notes.iterdir() if Path(f"/proc/{note.name}").exists()]
     os.kill(living[0], signal.SIGKILL)
     known = len(living)
-    until(lambda: len(list(cluster.notes.iterdir())) > known)
+    until(lambda: len(list(cluster.notes.iterdir())) > known, seconds=60.0)
     before = len(answers)
-    until(lambda: len(answers) > before + 10)
+    until(lambda: len(answers) > before + 10, seconds=60.0)
     stopping.set()
     for thread in threads:
         thread.join(60)
