@@ -25,11 +25,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from memory_table import RESULTS, write_table
+from on_demand import OnDemand
 from synthetic import make_repertoire, name_of
 
 from greenroom.cli.places import cache_folder
@@ -46,6 +48,8 @@ from runtime.engine.request import Event, Failed, Finished, Request, SamplingPar
 from runtime.engine.step_model import make_step_model
 from runtime.engine.step_protocol import StepModel
 from runtime.kernels.inspection import Inspected, Inspector
+from runtime.kernels.native_build import vector_kinds
+from runtime.memory import memory as memory_module
 from runtime.memory.memory import ExpertMemory
 from runtime.memory.visible import VisibleSets
 from runtime.model.base import BaseModel, load_base, resolve_base
@@ -147,20 +151,26 @@ class Bench:
 
     @contextmanager
     def serve(
-        self, repertoire: Repertoire, *, prompt: Callable[[int, int], str] = prompt, **options: object
+        self,
+        repertoire: Repertoire,
+        *,
+        prompt: Callable[[int, int], str] = prompt,
+        on_demand: bool = False,
+        **options: object,
     ) -> Iterator[Served]:
         """A started engine that has read its densities; closed in the end."""
         limits = {"max_context": 256, "prefix_budget_bytes": 0, "kv_budget_bytes": 128 << 20, **options}
         generation = open_generation(repertoire, routers=False)
         generation.densities.locators()
-        engine = Engine(
-            self.model,
-            self.base.tokenizer,
-            self.base.eos_token_ids,
-            repertoire=repertoire,
-            generation=generation,
-            options=EngineOptions(**limits),  # type: ignore[arg-type]
-        )
+        with patch.object(memory_module, "Loader", OnDemand) if on_demand else nullcontext():
+            engine = Engine(
+                self.model,
+                self.base.tokenizer,
+                self.base.eos_token_ids,
+                repertoire=repertoire,
+                generation=generation,
+                options=EngineOptions(**limits),  # type: ignore[arg-type]
+            )
         engine.start()
         leave_to_the_end()  # as a server does; else a tail is a garbage collection that looks through all of torch
         try:
@@ -402,7 +412,7 @@ class SlowStorage(Repertoire):
 
 
 def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) -> dict[str, object]:
-    """P99 of the time to first token with guesses over that without; the same on slower storage."""
+    """P99 of the time to first token with guesses over those without and on demand; the same on slower storage."""
     volume = SlowStorage(repertoire.root, bytes_per_s=VOLUME)
     distant = SlowStorage(repertoire.root, first_byte_s=FIRST_BYTE_S)
     figures = churn_on(bench, repertoire, num_tasks, 5 * repeats, forget=True)
@@ -418,18 +428,20 @@ def churn_on(
     """One storage's part of it: rounds of 50 requests; ratios of all, and where 95 % lie when rounds are drawn anew.
 
     Short answers of 16 tasks, each as likely, large experts, room for half of them. Requests come at random, half as
-    many a second as could be answered without guesses. "resident" has room for all: no guess can gain more than that.
+    many a second as could be answered without guesses. "off" begins to read a set when its task is located; "demand"
+    foresees nothing, see `on_demand`. "resident" has room for all: nothing can gain more than that.
     """
     budget = num_tasks * set_bytes(repertoire) // 2
-    ways = {
+    ways: dict[str, dict[str, object]] = {
         "prefetch": {"prefetch": True, "expert_budget_bytes": budget},
         "off": {"prefetch": False, "expert_budget_bytes": budget},
+        "demand": {"prefetch": False, "expert_budget_bytes": budget, "on_demand": True},
         "resident": {"prefetch": False, "expert_budget_bytes": 4 * budget},
     }
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     with ExitStack() as open_engines:
         engines = {
-            name: open_engines.enter_context(bench.serve(repertoire, num_loaders=num_loaders, **options))
+            name: open_engines.enter_context(bench.serve(repertoire, num_loaders=num_loaders, **options))  # type: ignore[arg-type]
             for name, options in ways.items()
         }
         for served in engines.values():
@@ -451,22 +463,23 @@ def churn_on(
     def pooled(name: str, share: float, drawn: Sequence[int] = range(rounds)) -> float:
         return percentile([seconds for number in drawn for seconds in found[name][number]], share)
 
-    def over_off(name: str, share: float, drawn: Sequence[int] = range(rounds)) -> float:
-        return pooled(name, share, drawn) / pooled("off", share, drawn)
+    def over(name: str, other: str, share: float, drawn: Sequence[int] = range(rounds)) -> float:
+        return pooled(name, share, drawn) / pooled(other, share, drawn)
 
     figures: dict[str, object] = {}
-    for name in ("prefetch", "resident"):
+    for name, other in (("prefetch", "off"), ("resident", "off"), ("prefetch", "demand"), ("resident", "demand")):
         for share in (50, 90, 99):
-            figures[f"p{share}_ttft_{name}_over_off"] = over_off(name, share / 100)
-        figures[f"mean_ttft_{name}_over_off"] = sum(map(sum, found[name])) / sum(map(sum, found["off"]))
-        figures[f"p99_ttft_{name}_over_off_interval"] = interval(range(rounds), partial(over_off, name, 0.99))
+            figures[f"p{share}_ttft_{name}_over_{other}"] = over(name, other, share / 100)
+        figures[f"mean_ttft_{name}_over_{other}"] = sum(map(sum, found[name])) / sum(map(sum, found[other]))
+        ratio = partial(over, name, other, 0.99)
+        figures[f"p99_ttft_{name}_over_{other}_interval"] = interval(range(rounds), ratio)
     return figures | {
-        "p99_ttft_off_ms": 1e3 * pooled("off", 0.99),
-        "p50_ttft_off_ms": 1e3 * pooled("off", 0.5),
+        **{f"p{share}_ttft_{name}_ms": 1e3 * pooled(name, share / 100) for name in ways for share in (50, 99)},
         "requests_each_way": count,
         "requests_per_s": rate,
         "stall_ms_per_request": 1e3 * stalls["prefetch"] / count,
         "stall_ms_per_request_off": 1e3 * stalls["off"] / count,
+        "stall_ms_per_request_demand": 1e3 * stalls["demand"] / count,
         "prefetch_precision": memory.prefetch_precision,
         "prefetch_recall": memory.prefetch_recall,
         "wasted_bytes_share": memory.prefetch_wasted_bytes / max(1, settled),
@@ -556,6 +569,7 @@ def main() -> None:
     }
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} at the start",
+        "vectors": ", ".join(vector_kinds()[:1]),
         "command": "python " + " ".join(sys.argv),
         "expert_set_bytes": set_bytes(some),
         "prompt_tokens": len(base.tokenizer.encode(prompt(0))),

@@ -1,4 +1,4 @@
-"""A pytest plugin: the native step, built once per session; tests that ask for it are skipped where it cannot run.
+"""A pytest plugin: the native step, built once per session and kind of vectors; tests are skipped where it cannot run.
 
 It does not know what is tested.
 Read first: the skip says what the machine lacks.
@@ -16,7 +16,7 @@ import torch
 from runtime.engine.llama import LlamaModel
 from runtime.engine.native_llama import NativeLlama
 from runtime.errors import UnsupportedDeviceError
-from runtime.kernels.native_build import build
+from runtime.kernels.native_build import VectorKind, build, vector_kinds
 from runtime.kernels.native_step import NativeStep, StepShape
 from runtime.kernels.step_kinds import WeightKind
 
@@ -44,10 +44,16 @@ def native_step(library: Path, shape: StepShape, *, weights: WeightKind, threads
     return made
 
 
+@pytest.fixture(scope="session", params=vector_kinds() or ["avx2"])
+def native_vectors(request: pytest.FixtureRequest) -> VectorKind:
+    kind: VectorKind = request.param
+    return kind
+
+
 @pytest.fixture(scope="session")
-def native_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_library(native_vectors: VectorKind, tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        return build(tmp_path_factory.mktemp("native"))
+        return build(tmp_path_factory.mktemp("native"), vectors=native_vectors)
     except UnsupportedDeviceError as error:
         pytest.skip(str(error))
 

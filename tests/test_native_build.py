@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import UnsupportedDeviceError
-from runtime.kernels.native_build import NEEDED, SOURCES, build, cpu_flags
+from runtime.kernels import native_build
+from runtime.kernels.native_build import NEEDED, SOURCES, VectorKind, build, vector_kinds
 
-pytestmark = pytest.mark.skipif(not cpu_flags().issuperset(NEEDED), reason="the CPU lacks AVX-512 BF16 or VNNI")
+pytestmark = pytest.mark.skipif(not vector_kinds(), reason="the CPU has neither AVX-512 BF16 and VNNI nor AVX2")
 
 
 def compiler(folder: Path, body: str) -> str:
@@ -20,9 +21,9 @@ def compiler(folder: Path, body: str) -> str:
     return str(path)
 
 
-def test_a_library_is_built_once(native_library: Path) -> None:
+def test_a_library_is_built_once(native_library: Path, native_vectors: VectorKind) -> None:
     before = native_library.stat().st_mtime_ns
-    assert build(native_library.parent) == native_library
+    assert build(native_library.parent, vectors=native_vectors) == native_library
     assert native_library.stat().st_mtime_ns == before
 
 
@@ -45,3 +46,21 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path: Path) -> None
 
 def test_the_sources_are_part_of_the_package() -> None:
     assert {"step.cpp", "simd.h"} <= {path.name for path in SOURCES.iterdir()}
+
+
+def test_the_fastest_vectors_that_the_cpu_has_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, expected in (
+        (NEEDED["avx512"] | NEEDED["avx2"], ["avx512", "avx2"]),
+        (NEEDED["avx2"] | {"avx512f"}, ["avx2"]),
+        (frozenset({"avx", "sse4_2"}), []),
+    ):
+        monkeypatch.setattr(native_build, "cpu_flags", lambda flags=flags: flags)
+        assert vector_kinds() == expected
+
+
+def test_vectors_that_the_cpu_lacks_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "cpu_flags", lambda: NEEDED["avx2"] - {"f16c"})
+    with pytest.raises(UnsupportedDeviceError, match="lacks f16c"):
+        build(tmp_path)
+    with pytest.raises(UnsupportedDeviceError, match="lacks avx512_bf16, avx512_vnni"):
+        build(tmp_path, vectors="avx512")

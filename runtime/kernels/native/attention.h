@@ -8,33 +8,33 @@
 // s[g][i] = q[g] . keys[i] for 16 keys, of which `count` are there. V vectors of 16 make a head; bfloat16 keys are
 // multiplied by queries rounded to bfloat16.
 template <int G, int V>
-inline void score(const float* q, const bf16*, const float* keys, int64_t count, __m512 s[G]) {
-  __m512 parts[G][LANES];
+inline void score(const float* q, const bf16*, const float* keys, int64_t count, Floats s[G]) {
+  Floats parts[G][LANES];
   for (int64_t i = 0; i < LANES; ++i) {
-    for (int g = 0; g < G; ++g) parts[g][i] = _mm512_setzero_ps();
+    for (int g = 0; g < G; ++g) parts[g][i] = zeros();
     if (i >= count) continue;
     for (int c = 0; c < V; ++c) {
-      const __m512 key = load(keys + (i * V + c) * LANES);
-      for (int g = 0; g < G; ++g) parts[g][i] = _mm512_fmadd_ps(key, load(q + (g * V + c) * LANES), parts[g][i]);
+      const Floats key = load(keys + (i * V + c) * LANES);
+      for (int g = 0; g < G; ++g) parts[g][i] = mul_add(key, load(q + (g * V + c) * LANES), parts[g][i]);
     }
   }
   for (int g = 0; g < G; ++g) s[g] = sum_each(parts[g]);
 }
 
 template <int G, int V>
-inline void score(const float*, const bf16* q, const bf16* keys, int64_t count, __m512 s[G]) {
+inline void score(const float*, const bf16* q, const bf16* keys, int64_t count, Floats s[G]) {
   constexpr int PAIRS = (V + 1) / 2;
-  __m512 parts[G][LANES];
-  __m512bh query[G][PAIRS];
+  Floats parts[G][LANES];
+  Halves query[G][PAIRS];
   for (int g = 0; g < G; ++g)
     for (int c = 0; c < PAIRS; ++c) query[g][c] = load_halves(q + (g * V + 2 * c) * LANES, 2 * c + 1 < V);
   for (int64_t i = 0; i < LANES; ++i) {
-    __m512 sum[G];
-    for (int g = 0; g < G; ++g) sum[g] = _mm512_setzero_ps();
+    Floats sum[G];
+    for (int g = 0; g < G; ++g) sum[g] = zeros();
     if (i < count) {
       for (int c = 0; c < PAIRS; ++c) {
-        const __m512bh key = load_halves(keys + (i * V + 2 * c) * LANES, 2 * c + 1 < V);
-        for (int g = 0; g < G; ++g) sum[g] = _mm512_dpbf16_ps(sum[g], query[g][c], key);
+        const Halves key = load_halves(keys + (i * V + 2 * c) * LANES, 2 * c + 1 < V);
+        for (int g = 0; g < G; ++g) sum[g] = add_products(sum[g], query[g][c], key);
       }
     }
     for (int g = 0; g < G; ++g) parts[g][i] = sum[g];
@@ -62,54 +62,52 @@ inline void attend(const float* q, const C* keys, const C* values, int64_t lengt
                    float* out) {
   constexpr int64_t width = V * LANES;
   const int64_t padded = (length + LANES - 1) / LANES * LANES;
-  const __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(float(width)));
+  const Floats scale = all(1.0f / __builtin_sqrtf(float(width)));
   bf16 rounded[G * width];
   if (sizeof(C) == sizeof(bf16)) round_to(rounded, q, G * width);
-  __m512 top[G], s[G];
-  for (int g = 0; g < G; ++g) top[g] = _mm512_set1_ps(-1e30f);
+  Floats top[G], s[G];
+  for (int g = 0; g < G; ++g) top[g] = all(-1e30f);
   for (int64_t j = 0; j < padded; j += LANES) {
     const int64_t count = length - j < LANES ? length - j : LANES;
     for (int64_t i = j; i < std::min(j + LANES, next.count); ++i) next.template fetch<V>(next.keys + i * width);
     score<G, V>(q, rounded, keys + j * width, count, s);
-    const __mmask16 seen = count == LANES ? 0xffff : uint16_t((1u << count) - 1);
     for (int g = 0; g < G; ++g) {
-      s[g] = _mm512_mask_mul_ps(_mm512_set1_ps(-1e30f), seen, s[g], scale);
-      top[g] = _mm512_max_ps(top[g], s[g]);
+      s[g] = first(count, mul(s[g], scale), all(-1e30f));
+      top[g] = greater(top[g], s[g]);
       store(scores + g * padded + j, s[g]);
     }
   }
   float inverse[G];
   for (int g = 0; g < G; ++g) {
-    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top[g]));
-    __m512 total = _mm512_setzero_ps();
+    const Floats most = all(largest(top[g]));
+    Floats whole = zeros();
     for (int64_t j = 0; j < padded; j += LANES) {
-      const __mmask16 seen = length - j >= LANES ? 0xffff : uint16_t((1u << (length - j)) - 1);
-      const __m512 p = _mm512_maskz_mov_ps(seen, exp16(_mm512_sub_ps(load(scores + g * padded + j), most)));
+      const Floats p = first(length - j, exp16(sub(load(scores + g * padded + j), most)), zeros());
       store(scores + g * padded + j, p);
-      total = _mm512_add_ps(total, p);
+      whole = add(whole, p);
     }
-    inverse[g] = 1.0f / _mm512_reduce_add_ps(total);
+    inverse[g] = 1.0f / total(whole);
   }
   constexpr int STRIP = V < 4 ? V : 4;  // vectors of a head whose sums are kept in registers
   for (int c = 0; c < V; c += STRIP) {
     const int now = V - c < STRIP ? V - c : STRIP;
-    __m512 sum[G][STRIP];
+    Floats sum[G][STRIP];
     for (int g = 0; g < G; ++g)
-      for (int k = 0; k < STRIP; ++k) sum[g][k] = _mm512_setzero_ps();
+      for (int k = 0; k < STRIP; ++k) sum[g][k] = zeros();
     for (int64_t j = 0; j < length; ++j) {
       const C* value = values + j * width + c * LANES;
       if (c == 0 && j < next.count) next.template fetch<V>(next.values + j * width);
-      __m512 p[G];
-      for (int g = 0; g < G; ++g) p[g] = _mm512_set1_ps(scores[g * padded + j]);
+      Floats p[G];
+      for (int g = 0; g < G; ++g) p[g] = all(scores[g * padded + j]);
       for (int k = 0; k < STRIP; ++k) {
         if (k >= now) break;
-        const __m512 v = load(value + k * LANES);
-        for (int g = 0; g < G; ++g) sum[g][k] = _mm512_fmadd_ps(v, p[g], sum[g][k]);
+        const Floats v = load(value + k * LANES);
+        for (int g = 0; g < G; ++g) sum[g][k] = mul_add(v, p[g], sum[g][k]);
       }
     }
     for (int g = 0; g < G; ++g)
       for (int k = 0; k < now; ++k) {
-        store(out + g * width + (c + k) * LANES, _mm512_mul_ps(sum[g][k], _mm512_set1_ps(inverse[g])));
+        store(out + g * width + (c + k) * LANES, mul(sum[g][k], all(inverse[g])));
       }
   }
 }
@@ -154,9 +152,9 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t width) 
   const int64_t half = width / 2;
   int64_t i = 0;
   for (; i + LANES <= half; i += LANES) {
-    const __m512 a = load(x + i), b = load(x + i + half);
-    store(x + i, _mm512_fmsub_ps(a, load(cos + i), _mm512_mul_ps(b, load(sin + i))));
-    store(x + i + half, _mm512_fmadd_ps(b, load(cos + i + half), _mm512_mul_ps(a, load(sin + i + half))));
+    const Floats a = load(x + i), b = load(x + i + half);
+    store(x + i, mul_sub(a, load(cos + i), mul(b, load(sin + i))));
+    store(x + i + half, mul_add(b, load(cos + i + half), mul(a, load(sin + i + half))));
   }
   for (; i < half; ++i) {
     const float a = x[i], b = x[i + half];

@@ -8,8 +8,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include <immintrin.h>
 #include <sys/uio.h>
+
+#include "simd.h"
 
 namespace {
 
@@ -89,14 +90,9 @@ __attribute__((always_inline)) inline void hash(State* const (&to)[N], const uin
 
 // Whether a number of 16 or 32 bits in these bytes has only ones in its exponent, which `mask` shows twice or once.
 bool infinite(const uint8_t* data, int64_t bytes, uint32_t mask) {
-  const __m512i ones = _mm512_set1_epi32(int(mask));
   const bool narrow = mask >> 16 == (mask & 0xffff);
-  uint64_t found = 0;
-  for (int64_t i = 0; i < bytes; i += BLOCK) {
-    const __mmask64 here = bytes - i >= BLOCK ? ~__mmask64(0) : (__mmask64(1) << (bytes - i)) - 1;
-    const __m512i x = _mm512_and_si512(_mm512_maskz_loadu_epi8(here, data + i), ones);
-    found |= narrow ? _mm512_cmpeq_epi16_mask(x, ones) : _mm512_cmpeq_epi32_mask(x, ones);
-  }
+  bool found = false;
+  for (int64_t i = 0; i < bytes; i += BLOCK) found |= any_has(data + i, bytes - i, mask, narrow);
   return found;
 }
 

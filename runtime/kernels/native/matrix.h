@@ -14,12 +14,10 @@
 #include <vector>
 
 #include "simd.h"
-#include "upcoming.h"
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
 constexpr int64_t GROUP = 64;  // columns that share a scale, in inputs and in weights of 8 bits; of 4 bits: half as many
-constexpr int64_t TILE = 8;    // rows of x that are multiplied at once, with two blocks
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -94,12 +92,9 @@ inline Matrix view(Kind kind, int64_t rows, int64_t cols, uint8_t* data) {
 // Pack w [rows, cols]. INT8: codes round(w / s) + 128, s = max |w| / 127 per row and group. INT4: round(w / s) + 8,
 // s from `narrow_scale`; two codes a byte: the low nibbles are the first 32 columns of a group, the high ones the others.
 inline float wide_scale(const float* w, int64_t count) {
-  __m512 most = _mm512_setzero_ps();
-  for (int64_t c = 0; c < count; c += LANES) {
-    const __mmask16 there = count - c < LANES ? __mmask16((1u << (count - c)) - 1) : __mmask16(0xffff);
-    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(there, w + c)));
-  }
-  return _mm512_reduce_max_ps(most) / 127;
+  Floats most = zeros();
+  for (int64_t c = 0; c < count; c += LANES) most = greater(most, magnitude(load_first(w + c, count - c)));
+  return largest(most) / 127;
 }
 
 // The scale with which codes of -8 .. 7 come nearest to w in the sum of squares. It has the sign that gives the largest
@@ -114,16 +109,15 @@ inline float narrow_scale(const float* w, int64_t count) {
   float best = 0, least = INFINITY;
   for (int step = -2; step <= 12; ++step) {
     const float scale = largest / -8 * (1.0f - 0.04f * float(step));
-    const __m512 by = _mm512_set1_ps(1 / scale), back = _mm512_set1_ps(scale);
-    __m512 error = _mm512_setzero_ps();
+    const Floats by = all(1 / scale), back = all(scale);
+    Floats error = zeros();
     for (int64_t c = 0; c < count; c += LANES) {
-      const __m512 value = load(padded + c);
-      const __m512 code = _mm512_roundscale_ps(_mm512_mul_ps(value, by), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      const __m512 kept = _mm512_max_ps(_mm512_min_ps(code, _mm512_set1_ps(7)), _mm512_set1_ps(-8));
-      const __m512 off = _mm512_fnmadd_ps(kept, back, value);
-      error = _mm512_fmadd_ps(off, off, error);
+      const Floats value = load(padded + c);
+      const Floats kept = greater(lesser(nearest(mul(value, by)), all(7)), all(-8));
+      const Floats off = sub_product(value, kept, back);
+      error = mul_add(off, off, error);
     }
-    const float sum = _mm512_reduce_add_ps(error);
+    const float sum = total(error);
     if (sum < least) least = sum, best = scale;
   }
   return best;
@@ -132,10 +126,9 @@ inline float narrow_scale(const float* w, int64_t count) {
 // Codes round(w / scale) + 128 of a whole group, none beyond 127 from the middle.
 inline void round_group(const float* w, float scale, uint8_t* codes) {
   for (int64_t c = 0; c < GROUP; c += LANES) {
-    const __m512 q = scale > 0 ? _mm512_div_ps(load(w + c), _mm512_set1_ps(scale)) : _mm512_setzero_ps();
-    const __m512i code = _mm512_min_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(q), _mm512_set1_epi32(-127)),
-                                          _mm512_set1_epi32(127));
-    _mm_store_si128(reinterpret_cast<__m128i*>(codes + c), _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
+    const Floats q = scale > 0 ? div(load(w + c), all(scale)) : zeros();
+    const Ints code = lesser(greater(nearest_ints(q), all_ints(-127)), all_ints(127));
+    store_bytes(codes + c, add(code, all_ints(128)));
   }
 }
 
@@ -188,6 +181,8 @@ inline void pack(const Matrix& m, const float* w, int64_t begin_row, int64_t end
 
 // Rows of x as the products want them, in words of 4 bytes: one float, two bfloat16, or four codes of 8 bits with a scale
 // per group. Rows lie in tiles of up to TILE; within a tile word follows word, and each is there once per row.
+// Without DOT_PRODUCTS floats stay floats for weights in bfloat16, and for those of 8 bits codes have 16: of each four the
+// first and third, then the second and fourth.
 struct Input {
   int64_t stride = 0;        // padded columns
   int64_t rows = 0;          // of this step
@@ -198,7 +193,10 @@ struct Input {
   int64_t begin(int64_t t) const { return t / TILE * TILE; }
   int64_t lanes(int64_t t) const { return std::min(TILE, rows - begin(t)); }
   const uint32_t* tile(Kind kind, int64_t t) const { return words + begin(t) * words_of(kind); }
-  int64_t words_of(Kind kind) const { return kind == FLOAT32 ? stride : kind == BFLOAT16 ? stride / 2 : stride / 4; }
+  int64_t words_of(Kind kind) const {
+    const int64_t columns[] = {1, DOT_PRODUCTS ? 2 : 1, DOT_PRODUCTS ? 4 : 2, 4};  // in a word
+    return stride / columns[kind];
+  }
 };
 
 // Sixteen words of one row, from word w on.
@@ -215,15 +213,14 @@ inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64
   const int64_t lanes = in.lanes(t), lane = t - in.begin(t);
   uint32_t* tile = in.words + in.begin(t) * in.words_of(kind);
   if (kind == FLOAT32 || kind == BFLOAT16) {
-    const int64_t per = kind == FLOAT32 ? 1 : 2;
     for (int64_t c = first_group * GROUP; c < last_group * GROUP; c += LANES) {
-      const __m512 value = c < cols ? load(x + c) : _mm512_setzero_ps();
-      if (kind == FLOAT32) {
+      const Floats value = c < cols ? load(x + c) : zeros();
+      if (kind == FLOAT32 || !DOT_PRODUCTS) {
         put_words(tile, lanes, lane, c, &value, LANES);
       } else {
         bf16 halves[LANES];
         store(halves, value);
-        put_words(tile, lanes, lane, c / per, halves, LANES / 2);
+        put_words(tile, lanes, lane, c / 2, halves, LANES / 2);
       }
     }
     return;
@@ -232,32 +229,32 @@ inline void prepare(Kind kind, const Input& in, int64_t t, const float* x, int64
   const int middle = kind == INT8 ? 128 : 8;
   for (int64_t g = first_group; g < last_group; ++g) {
     const int64_t begin = g * GROUP, end = std::min(begin + GROUP, cols);
-    __m512 top = _mm512_setzero_ps();
-    for (int64_t c = begin; c < end; c += LANES) top = _mm512_max_ps(top, _mm512_abs_ps(load(x + c)));
-    const float most = _mm512_reduce_max_ps(top);
-    const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
-    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    Floats top = zeros();
+    for (int64_t c = begin; c < end; c += LANES) top = greater(top, magnitude(load(x + c)));
+    const float most = largest(top);
+    const Floats inverse = all(most > 0 ? 127.0f / most : 0.0f);
+    Ints sums[2] = {all_ints(0), all_ints(0)};
     alignas(64) int8_t codes[GROUP] = {};
     for (int64_t c = begin; c < end; c += LANES) {
-      __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + c), inverse));
-      __m512i& sum = sums[(c - begin) / (GROUP / 2)];
-      sum = _mm512_add_epi32(sum, q);
-      _mm_store_si128(reinterpret_cast<__m128i*>(codes + c - begin), _mm512_cvtepi32_epi8(q));
+      const Ints q = nearest_ints(mul(load(x + c), inverse));
+      Ints& sum = sums[(c - begin) / (GROUP / 2)];
+      sum = add(sum, q);
+      store_bytes(codes + c - begin, q);
     }
-    put_words(tile, lanes, lane, g * (GROUP / 4), codes, GROUP / 4);
+    if (kind == INT8 && !DOT_PRODUCTS) {
+      int16_t wide[GROUP];
+      for (int64_t c = 0; c < GROUP; ++c) wide[c / 4 * 4 + c % 2 * 2 + c % 4 / 2] = codes[c];
+      for (int64_t w = 0; w < GROUP / 2; w += LANES) put_words(tile, lanes, lane, g * (GROUP / 2) + w, wide + 2 * w, LANES);
+    } else {
+      put_words(tile, lanes, lane, g * (GROUP / 4), codes, GROUP / 4);
+    }
     in.scales[in.begin(t) * groups + g * lanes + lane] = most / 127.0f;
     int32_t* shift = in.shift + (in.begin(t) * groups + g * lanes) * 2;
-    const int32_t first = _mm512_reduce_add_epi32(sums[0]), second = _mm512_reduce_add_epi32(sums[1]);
+    const int32_t first = total(sums[0]), second = total(sums[1]);
     shift[lane] = -middle * (kind == INT8 ? first + second : first);
     shift[lanes + lane] = -middle * second;
   }
 }
-
-// sum += codes of w (unsigned) times codes of x, four by four. As an instruction and not as an intrinsic: the compiler
-// copies and spills sixteen running sums otherwise, which costs a quarter of the speed.
-inline void dot_codes(__m512i& sum, __m512i w, __m512i x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
-
-inline __m512i broadcast(const uint32_t* word) { return _mm512_set1_epi32(int32_t(*word)); }
 
 // How far ahead of the weights in use others are asked for, and which of the two lines of every step.
 struct Ahead {
@@ -271,156 +268,4 @@ constexpr int64_t NEAR = 4096;  // where every line is read once, in turn
 inline Ahead ahead_of(int64_t pass, int64_t passes, int64_t bytes) {
   if (passes == 1) return {NEAR, true, true};
   return {bytes, pass == 0, pass == 1};
-}
-
-// out[b][i][0..15] += rows of block `block + b` times the i-th row of x's tile, i < N, b < M, for groups begin .. end - 1
-// of the columns; the first group starts from zero. Nothing in it may call another function: its sums fill the registers.
-template <int N, int M>
-__attribute__((noinline)) void multiply(const Matrix& m, int64_t block, int64_t begin, int64_t end, const Input& in,
-                                        int64_t t, const Ahead ahead, float (*const out[M])[LANES]) {
-  const uint8_t* w = m.codes + block * m.block_bytes + begin * (m.block_bytes / m.groups) * M;
-  const uint32_t* x = in.tile(m.kind, t) + begin * (in.words_of(m.kind) / m.groups) * N;
-  const auto fetch_ahead = [&] {
-    const char* next = reinterpret_cast<const char*>(w) + ahead.bytes;
-    if (ahead.first) _mm_prefetch(next, _MM_HINT_T0);
-    if (ahead.second && M == 2) _mm_prefetch(next + 64, _MM_HINT_T0);
-  };
-  if (m.kind == FLOAT32 || m.kind == BFLOAT16) {
-    __m512 f[M][N];
-    for (int b = 0; b < M; ++b)
-      for (int i = 0; i < N; ++i) f[b][i] = begin ? load(out[b][i]) : _mm512_setzero_ps();
-    const int64_t words = (end - begin) * (m.kind == FLOAT32 ? GROUP : GROUP / 2);
-    if (m.kind == FLOAT32) {
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < words; ++j, x += N, w += 64 * M) {
-        __m512 row[M];
-        for (int b = 0; b < M; ++b) row[b] = _mm512_load_ps(w + b * 64);
-        fetch_ahead();
-        for (int i = 0; i < N; ++i) {
-          const __m512 value = _mm512_castsi512_ps(broadcast(x + i));
-          for (int b = 0; b < M; ++b) f[b][i] = _mm512_fmadd_ps(row[b], value, f[b][i]);
-        }
-      }
-    } else {
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < words; ++j, x += N, w += 64 * M) {
-        __m512bh row[M];
-        for (int b = 0; b < M; ++b) row[b] = (__m512bh)_mm512_load_si512(w + b * 64);
-        fetch_ahead();
-        for (int i = 0; i < N; ++i) {
-          const __m512bh value = (__m512bh)broadcast(x + i);
-          for (int b = 0; b < M; ++b) f[b][i] = _mm512_dpbf16_ps(f[b][i], row[b], value);
-        }
-      }
-    }
-    for (int b = 0; b < M; ++b)
-      for (int i = 0; i < N; ++i) store(out[b][i], f[b][i]);
-    return;
-  }
-  const int64_t parts = num_scales(m.kind);
-  const uint16_t* scales = m.scales + block * m.groups * parts * LANES;
-  const float* in_scales = in.scales + in.begin(t) * m.groups + begin * N;
-  const int32_t* shift = in.shift + (in.begin(t) * m.groups + begin * N) * 2;
-  if (begin == 0) {
-    for (int b = 0; b < M; ++b)
-      for (int i = 0; i < N; ++i) store(out[b][i], _mm512_setzero_ps());
-  }
-  const auto add = [&](const __m512i (&sum)[M][N], int64_t g, int half) {
-    for (int b = 0; b < M; ++b) {
-      const uint16_t* from = scales + (b * m.groups * parts + g * parts + half) * LANES;
-      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-      for (int i = 0; i < N; ++i) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in_scales[i]));
-        store(out[b][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][i]), both, load(out[b][i])));
-      }
-    }
-  };
-  if (N <= 2 && m.kind == INT4) {  // few sums: both halves of a group at once, so that a line is loaded once
-    for (int64_t g = begin; g < end; ++g, shift += 2 * N, in_scales += N, x += 8 * N) {
-      __m512i low[M][N], high[M][N];
-      for (int b = 0; b < M; ++b)
-        for (int i = 0; i < N; ++i) low[b][i] = _mm512_set1_epi32(shift[i]), high[b][i] = _mm512_set1_epi32(shift[N + i]);
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j, x += N, w += 64 * M) {
-        fetch_ahead();
-        for (int b = 0; b < M; ++b) {
-          const __m512i codes = _mm512_load_si512(w + b * 64), four_bits = _mm512_set1_epi8(15);
-          const __m512i first = _mm512_and_si512(codes, four_bits);
-          const __m512i second = _mm512_and_si512(_mm512_srli_epi16(codes, 4), four_bits);
-          for (int i = 0; i < N; ++i) {
-            dot_codes(low[b][i], first, broadcast(x + i));
-            dot_codes(high[b][i], second, broadcast(x + 8 * N + i));
-          }
-        }
-      }
-      add(low, g, 0);
-      add(high, g, 1);
-    }
-    return;
-  }
-  for (int64_t g = begin; g < end; ++g, shift += 2 * N, in_scales += N) {
-    for (int half = 0; half < parts; ++half) {
-      __m512i sum[M][N];
-      for (int i = 0; i < N; ++i) {
-        const __m512i start = _mm512_set1_epi32(shift[half * N + i]);
-        for (int b = 0; b < M; ++b) sum[b][i] = start;
-      }
-      if (m.kind == INT8) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 16; ++j, x += N, w += 64 * M) {
-          __m512i row[M];
-          for (int b = 0; b < M; ++b) row[b] = _mm512_load_si512(w + b * 64);
-          fetch_ahead();
-          for (int i = 0; i < N; ++i) {
-            const __m512i value = broadcast(x + i);
-            for (int b = 0; b < M; ++b) dot_codes(sum[b][i], row[b], value);
-          }
-        }
-      } else {
-        if (half) w -= 8 * 64 * M;
-#pragma GCC unroll 2
-        for (int j = 0; j < 8; ++j, x += N, w += 64 * M) {
-          __m512i row[M];
-          for (int b = 0; b < M; ++b) {
-            const __m512i both = _mm512_load_si512(w + b * 64);
-            row[b] = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
-          }
-          if (!half) fetch_ahead();
-          for (int i = 0; i < N; ++i) {
-            const __m512i value = broadcast(x + i);
-            for (int b = 0; b < M; ++b) dot_codes(sum[b][i], row[b], value);
-          }
-        }
-      }
-      add(sum, g, half);
-    }
-  }
-}
-
-constexpr int64_t GROUPS = 3;  // between two calls of `Upcoming::ask`
-
-// The same for all groups, for the rows of x's tile at t, and for one or two blocks.
-template <int N>
-inline void multiply_blocks(const Matrix& m, int64_t block, int blocks, const Input& in, int64_t t, Ahead ahead,
-                            Upcoming& upcoming, float (*const out[])[LANES]) {
-  for (int64_t begin = 0; begin < m.groups; begin += GROUPS) {
-    const int64_t end = std::min(begin + GROUPS, m.groups);
-    upcoming.ask();
-    if (blocks == 2) multiply<N, 2>(m, block, begin, end, in, t, ahead, out);
-    else multiply<N, 1>(m, block, begin, end, in, t, ahead, out);
-  }
-}
-
-inline void multiply_tile(const Matrix& m, int64_t block, int blocks, const Input& in, int64_t t, Ahead ahead,
-                          Upcoming& upcoming, float (*const out[])[LANES]) {
-  switch (in.lanes(t)) {
-    case 8: return multiply_blocks<8>(m, block, blocks, in, t, ahead, upcoming, out);
-    case 7: return multiply_blocks<7>(m, block, blocks, in, t, ahead, upcoming, out);
-    case 6: return multiply_blocks<6>(m, block, blocks, in, t, ahead, upcoming, out);
-    case 5: return multiply_blocks<5>(m, block, blocks, in, t, ahead, upcoming, out);
-    case 4: return multiply_blocks<4>(m, block, blocks, in, t, ahead, upcoming, out);
-    case 3: return multiply_blocks<3>(m, block, blocks, in, t, ahead, upcoming, out);
-    case 2: return multiply_blocks<2>(m, block, blocks, in, t, ahead, upcoming, out);
-    default: return multiply_blocks<1>(m, block, blocks, in, t, ahead, upcoming, out);
-  }
 }

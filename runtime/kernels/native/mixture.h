@@ -166,18 +166,18 @@ struct Shrunk {
 // N rows of A at once.
 template <int N>
 inline void shrink_rows(const bf16* a, float weight, const bf16* x, int64_t width, float* inner) {
-  __m512 sum[LANES];
-  for (int k = 0; k < LANES; ++k) sum[k] = _mm512_setzero_ps();
+  Floats sum[LANES];
+  for (int k = 0; k < LANES; ++k) sum[k] = zeros();
   int64_t i = 0;
   for (; i + 2 * LANES <= width; i += 2 * LANES) {
-    const __m512bh value = load_halves(x + i, true);
-    for (int k = 0; k < N; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], load_halves(a + k * width + i, true), value);
+    const Halves value = load_halves(x + i, true);
+    for (int k = 0; k < N; ++k) sum[k] = add_products(sum[k], load_halves(a + k * width + i, true), value);
   }
   if (i < width) {
-    const __m512bh value = load_halves(x + i, false);
-    for (int k = 0; k < N; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], load_halves(a + k * width + i, false), value);
+    const Halves value = load_halves(x + i, false);
+    for (int k = 0; k < N; ++k) sum[k] = add_products(sum[k], load_halves(a + k * width + i, false), value);
   }
-  _mm512_mask_storeu_ps(inner, uint16_t((1u << N) - 1), _mm512_mul_ps(sum_each(sum), _mm512_set1_ps(weight)));
+  store_first(inner, N, mul(sum_each(sum), all(weight)));
 }
 
 inline void shrink(const Update& update, float weight, const bf16* x, int64_t width, float* inner) {
@@ -193,12 +193,12 @@ inline void shrink(const Update& update, float weight, const float* x, int64_t w
   const W* a = static_cast<const W*>(update.a);
   int64_t r = 0;
   for (; r + 4 <= update.rank; r += 4, a += 4 * width) {  // four rows share the loads of x
-    __m512 sum[4] = {};
+    Floats sum[4] = {};
     for (int64_t i = 0; i < width; i += LANES) {
-      const __m512 value = load(x + i);
-      for (int k = 0; k < 4; ++k) sum[k] = _mm512_fmadd_ps(load(a + k * width + i), value, sum[k]);
+      const Floats value = load(x + i);
+      for (int k = 0; k < 4; ++k) sum[k] = mul_add(load(a + k * width + i), value, sum[k]);
     }
-    for (int k = 0; k < 4; ++k) inner[r + k] = weight * _mm512_reduce_add_ps(sum[k]);
+    for (int k = 0; k < 4; ++k) inner[r + k] = weight * total(sum[k]);
   }
   for (; r < update.rank; ++r, a += width) inner[r] = weight * dot(x, a, width);
 }
@@ -231,7 +231,7 @@ struct Use {
 // are asked for: the product that comes before their turn leaves memory the time.
 template <class W, int L, int N, bool ON>
 inline void expand(const W* b, int64_t rank, const float* inner, int64_t stride, int64_t outputs, float* y, int64_t apart) {
-  __m512 sum[L][N];
+  Floats sum[L][N];
 #pragma GCC unroll 4
   for (int t = 0; t < L; ++t)
 #pragma GCC unroll 4
@@ -242,14 +242,14 @@ inline void expand(const W* b, int64_t rank, const float* inner, int64_t stride,
       const char* last = reinterpret_cast<const char*>(b + 2 * N * LANES) - 1;
       for (int64_t byte = 0; byte < int64_t(N * LANES * sizeof(W)); byte += LINE) _mm_prefetch(last - byte, _MM_HINT_T1);
     }
-    __m512 row[N];
+    Floats row[N];
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) row[i] = load(b + i * LANES);
 #pragma GCC unroll 4
     for (int t = 0; t < L; ++t) {
-      const __m512 factor = _mm512_set1_ps(inner[t * stride + r]);
+      const Floats factor = all(inner[t * stride + r]);
 #pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) sum[t][i] = _mm512_fmadd_ps(row[i], factor, sum[t][i]);
+      for (int i = 0; i < N; ++i) sum[t][i] = mul_add(row[i], factor, sum[t][i]);
     }
   }
 #pragma GCC unroll 4

@@ -9,8 +9,8 @@
 
 #include "attention.h"
 #include "inspect.h"
-#include "matrix.h"
 #include "mixture.h"
+#include "multiply.h"
 #include "pool.h"
 
 namespace {
@@ -125,7 +125,7 @@ struct Model {
   int64_t qkv_width() const { return (c.heads + 2 * c.kv_heads) * c.head_width; }
 };
 
-void accumulate(float* y, const float* x) { store(y, _mm512_add_ps(load(y), load(x))); }
+void accumulate(float* y, const float* x) { store(y, add(load(y), load(x))); }
 
 // Up to 16 values to y[o ..], as far as y goes.
 void put(float* y, int64_t o, int64_t end, const float* x) {
@@ -136,7 +136,7 @@ void norm(const float* x, const std::vector<float>& weight, double epsilon, floa
   const int64_t n = int64_t(weight.size());
   const float factor = 1.0f / std::sqrt(dot(x, x, n) / float(n) + float(epsilon));
   for (int64_t i = 0; i < n; i += LANES) {
-    store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), _mm512_set1_ps(factor)), load(weight.data() + i)));
+    store(y + i, mul(mul(load(x + i), all(factor)), load(weight.data() + i)));
   }
 }
 
@@ -585,8 +585,8 @@ struct Step {
       for (int64_t i = 0; i < n; ++i) {
         float* to = s.qkv + (t + i) * m.qkv_width() + o;
         for (int k = 0; k < count; ++k) {
-          const __m512 bias = l.qkv_bias.empty() ? _mm512_setzero_ps() : load(l.qkv_bias.data() + o + k * LANES);
-          store(to + k * LANES, _mm512_add_ps(load(y[k][i]), bias));
+          const Floats bias = l.qkv_bias.empty() ? zeros() : load(l.qkv_bias.data() + o + k * LANES);
+          store(to + k * LANES, ::add(load(y[k][i]), bias));
         }
       }
     });
@@ -638,7 +638,7 @@ struct Step {
       if (stage) add(desk, t, 1, o, c.ffn, y + RUN, count);
       for (int64_t i = 0; i < n; ++i) {
         float* to = s.inner + (t + i) * c.ffn + o;
-        for (int k = 0; k < count; ++k) store(to + k * LANES, _mm512_mul_ps(silu16(load(y[k][i])), load(y[RUN + k][i])));
+        for (int k = 0; k < count; ++k) store(to + k * LANES, mul(silu16(load(y[k][i])), load(y[RUN + k][i])));
       }
     });
     meet(share[7]);
@@ -674,7 +674,8 @@ extern "C" {
 // 1 where this machine runs what this file was compiled for.
 int gr_supported() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") ? 1 : 0;
+  if (DOT_PRODUCTS) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") ? 1 : 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
 
 void* gr_create(const Config* config) {
