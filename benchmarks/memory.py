@@ -415,9 +415,9 @@ def churn(bench: Bench, repertoire: Repertoire, num_tasks: int, repeats: int) ->
     """P99 of the time to first token with guesses over those without and on demand; the same on slower storage."""
     volume = SlowStorage(repertoire.root, bytes_per_s=VOLUME)
     distant = SlowStorage(repertoire.root, first_byte_s=FIRST_BYTE_S)
-    figures = churn_on(bench, repertoire, num_tasks, 5 * repeats, forget=True)
+    figures = churn_on(bench, repertoire, num_tasks, 4 * repeats, forget=True)
     for name, storage, loaders in (("slow_disk", volume, 2), ("distant", distant, 96)):
-        there = churn_on(bench, storage, num_tasks, 5 * repeats, num_loaders=loaders)
+        there = churn_on(bench, storage, num_tasks, 4 * repeats, num_loaders=loaders)
         figures |= {f"{key}_{name}": value for key, value in there.items()}
     return figures
 

@@ -44,6 +44,14 @@ def native_step(library: Path, shape: StepShape, *, weights: WeightKind, threads
     return made
 
 
+def built(folder: Path, vectors: VectorKind) -> Path:
+    """The library; whoever asks where it cannot be built is skipped."""
+    try:
+        return build(folder, vectors=vectors)
+    except UnsupportedDeviceError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session", params=vector_kinds() or ["avx2"])
 def native_vectors(request: pytest.FixtureRequest) -> VectorKind:
     kind: VectorKind = request.param
@@ -51,11 +59,13 @@ def native_vectors(request: pytest.FixtureRequest) -> VectorKind:
 
 
 @pytest.fixture(scope="session")
-def native_library(native_vectors: VectorKind, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return build(tmp_path_factory.mktemp("native"), vectors=native_vectors)
-    except UnsupportedDeviceError as error:
-        pytest.skip(str(error))
+def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture(scope="session")
+def native_library(native_folder: Path, native_vectors: VectorKind) -> Path:
+    return built(native_folder, native_vectors)
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from native import native_step
+from native import built, native_step
 
 from runtime.kernels.inspection import Inspected, Inspector, NativeInspector, native_inspector
+from runtime.kernels.native_build import vector_kinds
 from runtime.kernels.native_step import NativeStep, StepShape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,11 +33,11 @@ SHAPE = StepShape(
 )
 
 
-@pytest.fixture(params=["python", "native"])
-def inspector(request: pytest.FixtureRequest) -> Inspector:
+@pytest.fixture(params=["python", *vector_kinds()])
+def inspector(request: pytest.FixtureRequest, native_folder: Path) -> Inspector:
     if request.param == "python":
         return Inspector()
-    return NativeInspector(request.getfixturevalue("native_library"))
+    return NativeInspector(built(native_folder, request.param))
 
 
 def pieces_of(lengths: list[int], seed: int = 0) -> list[memoryview]:
