@@ -29,15 +29,20 @@ def table(results: Mapping[str, Any]) -> str:
     def two(name: str) -> str:
         return " and ".join(one(f"{name}_{pages}_pages") for pages in ("warm", "cold"))
 
-    def churn(storage: str, way: str = "prefetch") -> str:
-        low, high = results[f"p99_ttft_{way}_over_off_interval{storage}"]
-        return f"{results[f'p99_ttft_{way}_over_off{storage}']:.2f} ({low:.2f} to {high:.2f})"
-
     disks = ("", "_slow_disk", "_distant")
-    means = " and ".join(f"{results[f'mean_ttft_prefetch_over_off{disk}']:.2f}" for disk in disks)
-    floors = " and ".join(churn(disk, "resident") for disk in disks)
-    stalls = " and ".join(
-        f"{results[f'stall_ms_per_request{disk}']:.1f} instead of {results[f'stall_ms_per_request_off{disk}']:.1f}"
+
+    def churn(figure: str) -> str:
+        found = ((results[f"p99_ttft_{figure}{disk}"], results[f"p99_ttft_{figure}_interval{disk}"]) for disk in disks)
+        return ", ".join(f"{ratio:.2f} ({low:.2f} to {high:.2f})" for ratio, (low, high) in found)
+
+    def also(what: str, figure: str) -> str:
+        return ", ".join(f"{results[f'{what}_ttft_{figure}{disk}']:.2f}" for disk in disks)
+
+    def both(figure: str) -> str:
+        return f"{also('p90', figure)} and {also('mean', figure)}"
+
+    stalls = ", ".join(
+        " / ".join(f"{results[f'stall_ms_per_request{way}{disk}']:.1f}" for way in ("", "_off", "_demand"))
         for disk in disks
     )
     guesses = ", ".join(
@@ -58,16 +63,13 @@ def table(results: Mapping[str, Any]) -> str:
         ("the same with guesses, into memory that was never used", one("cold_over_warm_ttft_prefetch_growing"), ""),
         ("the same without guesses", two("cold_over_warm_ttft_off"), ""),
         ("the same of a short prompt, with guesses", two("cold_over_warm_ttft_short_prompt_prefetch"), ""),
-        ("`p99_ttft_prefetch_over_off` in churn, this machine's disk", churn(""), "0.75 or less"),
-        ("`p99_ttft_prefetch_over_off_slow_disk`, the same at 200 MB/s", churn("_slow_disk"), "0.75 or less"),
-        ("`p99_ttft_prefetch_over_off_distant`, the same 100 ms away", churn("_distant"), "0.75 or less"),
-        ("the mean instead of P99, on the three", means, ""),
-        ("P99 with all experts in memory over that without guesses, on the three", floors, ""),
-        (
-            "ms per request that prompts stood still in churn, on the three, with guesses instead of without",
-            stalls,
-            "",
-        ),
+        ("`p99_ttft_prefetch_over_demand` in churn, three storages", churn("prefetch_over_demand"), "0.75 or less"),
+        ("`p99_ttft_prefetch_over_off`, guesses alone", churn("prefetch_over_off"), "0.75 or less"),
+        ("P90 and the mean, over reading on demand", both("prefetch_over_demand"), ""),
+        ("P90 and the mean, guesses alone", both("prefetch_over_off"), ""),
+        ("P99 with all experts in memory over that on demand", churn("resident_over_demand"), ""),
+        ("the same over that without guesses", churn("resident_over_off"), ""),
+        ("ms per request that prompts stood still: with guesses / without / on demand", stalls, ""),
         ("`prefetch_precision`, `prefetch_recall`, `wasted_bytes_share`", guesses, ""),
     ]
     lines = ["| figure | value | goal |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]

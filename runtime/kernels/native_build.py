@@ -20,7 +20,7 @@ from runtime.errors import UnsupportedDeviceError
 
 SOURCES = Path(__file__).parent / "native"
 # The compiler's own AVX-512 header trips the warning that is off.
-FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-uninitialized")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-uninitialized")
 VectorKind = Literal["avx512", "avx2"]
 NEEDED: dict[VectorKind, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}),
@@ -65,8 +65,7 @@ def build(folder: Path, *, compiler: str = "g++", vectors: VectorKind | None = N
     path = shutil.which(compiler)
     if path is None:
         raise UnsupportedDeviceError(f"there is no compiler {compiler!r} on the PATH")
-    without = ["-mno-avx512f"] if wanted == "avx2" else []  # nor anything that builds on it
-    command = [path, *FLAGS, "-march=native", *without]
+    command = [path, *FLAGS, f"-DGR_{wanted.upper()}"]
     library = folder / f"step-{_digest(command, flags)}.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)

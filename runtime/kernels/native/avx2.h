@@ -1,5 +1,6 @@
 // Sixteen floats in two registers: AVX2 with FMA, as processors from 2013 on have.
-// It knows nothing of models; avx512.h says the same for newer ones, and what is not said here.
+// It knows nothing of models; avx512.h says the same for newer ones, and what is not said here. Unlike there, bfloat16
+// keeps subnormals.
 #pragma once
 #include <immintrin.h>
 
@@ -9,7 +10,8 @@
 using bf16 = uint16_t;
 
 constexpr int LANES = 16;
-constexpr int64_t TILE = 6;
+constexpr int64_t TILE = 6;  // with one block: twelve registers of sums, the others for weights, an input and a product
+constexpr int SUMS = 4;
 constexpr bool DOT_PRODUCTS = false;
 
 struct Floats {
@@ -18,7 +20,7 @@ struct Floats {
 struct Ints {
   __m256i low, high;
 };
-struct Halves {
+struct Halves {  // widened as they are loaded
   Floats low, high;
 };
 

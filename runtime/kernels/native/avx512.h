@@ -12,7 +12,8 @@ using Ints = __m512i;     // 16 of 32 bits
 using Halves = __m512bh;  // 32 bfloat16
 
 constexpr int LANES = 16;
-constexpr int64_t TILE = 8;         // rows of x that are multiplied at once, with two blocks: what the registers hold
+constexpr int64_t TILE = 8;          // rows of x that are multiplied at once, with two blocks: what the registers hold
+constexpr int SUMS = 16;             // of experts, that registers hold beside what is multiplied
 constexpr bool DOT_PRODUCTS = true;  // one instruction multiplies and adds pairs of bfloat16, or four codes of 8 bits
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }

@@ -2,7 +2,7 @@
 // It knows nothing of models.
 // Read first: W [rows, cols] lies in blocks of 16 rows; a block holds, step by step along the columns, 64 bytes: 16 rows
 // times 4 codes, 2 bfloat16 or 1 float. So one load feeds 16 outputs, and inputs are broadcast. Two blocks lie together,
-// step by step in turn, since two of them and eight inputs keep all multipliers busy. Columns are padded to whole groups
+// step by step in turn, since with AVX-512 two of them and eight inputs keep all multipliers busy. Columns are padded to whole groups
 // of 64, rows to whole blocks. A result depends on its own row of x alone, whatever else is in the batch.
 #pragma once
 #include <sys/mman.h>
@@ -194,8 +194,12 @@ struct Input {
   int64_t lanes(int64_t t) const { return std::min(TILE, rows - begin(t)); }
   const uint32_t* tile(Kind kind, int64_t t) const { return words + begin(t) * words_of(kind); }
   int64_t words_of(Kind kind) const {
-    const int64_t columns[] = {1, DOT_PRODUCTS ? 2 : 1, DOT_PRODUCTS ? 4 : 2, 4};  // in a word
-    return stride / columns[kind];
+    switch (kind) {
+      case FLOAT32: return stride;
+      case BFLOAT16: return DOT_PRODUCTS ? stride / 2 : stride;
+      case INT8: return DOT_PRODUCTS ? stride / 4 : stride / 2;
+      default: return stride / 4;
+    }
   }
 };
 
@@ -262,7 +266,7 @@ struct Ahead {
   bool first, second;
 };
 
-constexpr int64_t NEAR = 4096;  // where every line is read once, in turn
+constexpr int64_t NEAR = 4096;  // where every line is read once
 
 // For the pass-th of `passes` readings of `bytes` of weights: together they ask for as much again.
 inline Ahead ahead_of(int64_t pass, int64_t passes, int64_t bytes) {

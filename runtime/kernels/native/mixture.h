@@ -258,14 +258,15 @@ inline void expand(const W* b, int64_t rank, const float* inner, int64_t stride,
     for (int i = 0; i < N; ++i) store(y + t * LANES + i * apart, sum[t][i]);
 }
 
-// The same for all tokens of a use, four at a time.
+// The same for all tokens of a use, up to four at a time.
 template <class W, int N, bool ON>
 inline void expand(const Use& use, int64_t o, int64_t stride, int64_t outputs, float* y, int64_t apart) {
   const W* b = static_cast<const W*>(use.b) + o;
   const float* inner = use.inner;
   int64_t left = use.tokens;
-  for (; left >= 4; left -= 4, inner += 4 * stride, y += 4 * LANES) {
-    expand<W, 4, N, ON>(b, use.rank, inner, stride, outputs, y, apart);
+  constexpr int L = std::clamp(SUMS / N, 1, 4);
+  for (; left >= L; left -= L, inner += L * stride, y += L * LANES) {
+    expand<W, L, N, ON>(b, use.rank, inner, stride, outputs, y, apart);
   }
   for (; left > 0; --left, inner += stride, y += LANES) expand<W, 1, N, ON>(b, use.rank, inner, stride, outputs, y, apart);
 }

@@ -12,7 +12,7 @@
 
 constexpr int64_t GROUPS = 3;  // between two calls of `Upcoming::ask`
 
-// The same for all groups, for the rows of x's tile at t, and for one or two blocks.
+// out[b][i][0..15] = rows of block `block + b` times the i-th of N rows of x's tile at t, over all groups, b < blocks.
 template <int N>
 inline void multiply_blocks(const Matrix& m, int64_t block, int blocks, const Input& in, int64_t t, Ahead ahead,
                             Upcoming& upcoming, float (*const out[])[LANES]) {
@@ -26,7 +26,7 @@ inline void multiply_blocks(const Matrix& m, int64_t block, int blocks, const In
 
 inline void multiply_tile(const Matrix& m, int64_t block, int blocks, const Input& in, int64_t t, Ahead ahead,
                           Upcoming& upcoming, float (*const out[])[LANES]) {
-  switch (in.lanes(t)) {
+  switch (in.lanes(t)) {  // at most TILE; so many are also compiled
     case 8: return multiply_blocks<std::min<int>(8, TILE)>(m, block, blocks, in, t, ahead, upcoming, out);
     case 7: return multiply_blocks<std::min<int>(7, TILE)>(m, block, blocks, in, t, ahead, upcoming, out);
     case 6: return multiply_blocks<6>(m, block, blocks, in, t, ahead, upcoming, out);

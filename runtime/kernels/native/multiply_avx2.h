@@ -1,14 +1,15 @@
 // The product of a tile with one block of a matrix, or two, by AVX2 with FMA.
 // It knows nothing of models; multiply_avx512.h does the same on newer processors.
-// Read first: sixteen registers of 8 floats hold the sums of six inputs and one block. So of two blocks one comes after
-// the other, stretch by stretch, unless there are few inputs: then every line of weights is read in turn.
+// Read first: twelve of sixteen registers of 8 floats hold the sums of six inputs and one block. So of two blocks one comes
+// after the other, stretch by stretch, unless there are few inputs: then every line of weights is read in turn.
 #pragma once
 #include "matrix.h"
 
 inline __m256i broadcast(const uint32_t* word) { return _mm256_set1_epi32(int32_t(*word)); }
 
-// out[b][i][0..15] += rows of the b-th of B blocks times the i-th row of x's tile, i < N; the first group starts from zero.
-// The blocks' lines begin at `w` and follow each other `apart` bytes from one another; `block` is the first one's number.
+// out[b][i][0..15] += rows of the b-th of B blocks times the i-th row of x's tile, i < N, for groups begin .. end - 1 of the
+// columns; the first group starts from zero. The blocks' lines begin at `w` and follow each other `apart` bytes from one
+// another; `block` is the first one's number.
 template <int N, int B>
 __attribute__((noinline)) void multiply_run(const Matrix& m, int64_t block, const uint8_t* w, int64_t apart, int64_t begin,
                                             int64_t end, const Input& in, int64_t t, const Ahead ahead,

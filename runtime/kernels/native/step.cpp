@@ -675,7 +675,7 @@ extern "C" {
 int gr_supported() {
   __builtin_cpu_init();
   if (DOT_PRODUCTS) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") ? 1 : 0;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? 1 : 0;
 }
 
 void* gr_create(const Config* config) {
