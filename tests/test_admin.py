@@ -267,6 +267,13 @@ def test_without_the_service_nobody_finds_it(engine: Engine) -> None:
     assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
 
 
+def test_the_commands_tell_how_a_server_gets_administration(engine: Engine) -> None:
+    with Serving(engine) as serving:
+        result = CliRunner().invoke(app, ["admin", "tasks", "--server", serving.target])
+    assert result.exit_code != 0
+    assert "has no administration: serve it with --admin" in f"{result.stderr}{result.exception}"
+
+
 def test_the_commands_say_what_the_service_says(
     serving: Serving, admin: AdminClient, three_tasks: Workshop, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ import typer
 from greenroom.admin_client import AdminClient, TaskStatus
 from greenroom.channel import Tls
 from greenroom.cli.places import secret_token
+from greenroom.client_errors import GreenroomClientError
 from runtime.errors import InvalidInputError
 
 app = typer.Typer(help="Administer a running server.", no_args_is_help=True)
@@ -122,7 +123,12 @@ def _admin(server: str, token_file: Path | None, ca: Path | None) -> Iterator[Ad
     except OSError as error:
         raise InvalidInputError("token_file or ca", error.filename, f"cannot be read: {error.strerror}") from error
     with AdminClient(server, token=token, tls=tls) as admin:
-        yield admin
+        try:
+            yield admin
+        except GreenroomClientError as error:
+            if error.code.name != "UNIMPLEMENTED":
+                raise
+            raise InvalidInputError("server", server, "has no administration: serve it with --admin") from error
 
 
 def _show(tasks: tuple[TaskStatus, ...], *, as_json: bool) -> None:
