@@ -438,6 +438,7 @@ def churn_on(
         "demand": {"prefetch": False, "expert_budget_bytes": budget, "on_demand": True},
         "resident": {"prefetch": False, "expert_budget_bytes": 4 * budget},
     }
+    cold = repertoire if forget else None
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     with ExitStack() as open_engines:
         engines = {
@@ -453,7 +454,6 @@ def churn_on(
         before = {name: served.engine.statistics().stall_s for name, served in engines.items()}
         for number in range(rounds):
             for name in rotated([*ways], number):
-                cold = repertoire if forget else None
                 found[name].append(arrivals(engines[name], num_tasks, rate, seed=number, cold=cold))
         memory = engines["prefetch"].engine.statistics().memory
         stalls = {name: served.engine.statistics().stall_s - before[name] for name, served in engines.items()}

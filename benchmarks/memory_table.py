@@ -22,9 +22,11 @@ def table(results: Mapping[str, Any]) -> str:
     """Rows of figure, value and goal."""
     few, many = results["startup"]["few"], results["startup"]["many"]
 
+    def within(ratio: float, interval: tuple[float, float]) -> str:
+        return f"{ratio:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+
     def one(name: str) -> str:
-        low, high = results[f"{name}_interval"]
-        return f"{results[name]:.2f} ({low:.2f} to {high:.2f})"
+        return within(results[name], results[f"{name}_interval"])
 
     def two(name: str) -> str:
         return " and ".join(one(f"{name}_{pages}_pages") for pages in ("warm", "cold"))
@@ -32,8 +34,8 @@ def table(results: Mapping[str, Any]) -> str:
     disks = ("", "_slow_disk", "_distant")
 
     def churn(figure: str) -> str:
-        found = ((results[f"p99_ttft_{figure}{disk}"], results[f"p99_ttft_{figure}_interval{disk}"]) for disk in disks)
-        return ", ".join(f"{ratio:.2f} ({low:.2f} to {high:.2f})" for ratio, (low, high) in found)
+        p99 = f"p99_ttft_{figure}"
+        return ", ".join(within(results[f"{p99}{disk}"], results[f"{p99}_interval{disk}"]) for disk in disks)
 
     def also(what: str, figure: str) -> str:
         return ", ".join(f"{results[f'{what}_ttft_{figure}{disk}']:.2f}" for disk in disks)

@@ -2,8 +2,8 @@
 // It knows nothing of models.
 // Read first: W [rows, cols] lies in blocks of 16 rows; a block holds, step by step along the columns, 64 bytes: 16 rows
 // times 4 codes, 2 bfloat16 or 1 float. So one load feeds 16 outputs, and inputs are broadcast. Two blocks lie together,
-// step by step in turn, since with AVX-512 two of them and eight inputs keep all multipliers busy. Columns are padded to whole groups
-// of 64, rows to whole blocks. A result depends on its own row of x alone, whatever else is in the batch.
+// step by step in turn, since with AVX-512 two of them and eight inputs keep all multipliers busy. Columns are padded to
+// whole groups of 64, rows to whole blocks. A result depends on its own row of x alone, whatever else is in the batch.
 #pragma once
 #include <sys/mman.h>
 
