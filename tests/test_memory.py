@@ -355,6 +355,68 @@ def test_what_nobody_waits_for_goes_before_an_open_guess(disk: Disk, loaded: Sig
     memory.close()
 
 
+def test_what_an_open_guess_names_stays_although_it_was_used_longest_ago(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=4)
+    for i, name in enumerate("ab"):
+        idle = memory.reserve(disk.set(name))
+        assert idle is not None
+        loaded.wait_for(2 + 2 * i)
+        idle.release()
+    guess = memory.prefetch(disk.set("a"))
+    other = memory.reserve(disk.set("c"))
+    assert other is not None
+    loaded.wait_for(6)
+    assert memory.state(("a" * 64, 0)) is State.READY, "a guess names it"
+    assert memory.state(("b" * 64, 0)) is State.ABSENT
+    guess.cancel()
+    other.release()
+    assert memory.reserve(disk.set("d")) is not None
+    loaded.wait_for(8)
+    assert memory.state(("a" * 64, 0)) is State.ABSENT, "the guess is over"
+    statistics = memory.statistics()
+    assert (statistics.prefetch_useful_bytes, statistics.prefetch_wasted_bytes) == (0, 0), "nothing was read for it"
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_guess_is_read_only_beside_what_earlier_guesses_name(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=2)
+    idle = memory.reserve(disk.set("a"))
+    assert idle is not None
+    loaded.wait_for(2)
+    idle.release()
+    named = memory.prefetch(disk.set("a"))
+    memory.prefetch(disk.set("b"))
+    named.cancel()
+    memory.prefetch(disk.set("c"))
+    loaded.wait_for(4)
+    assert disk.reads == [("a", -1), ("a", 0), ("c", -1), ("c", 0)]
+    memory.check_integrity()
+    memory.close()
+
+
+def test_what_is_reserved_takes_the_room_of_guesses_and_a_guess_that_then_finds_none_is_given_up(
+    disk: Disk, loaded: Signal
+) -> None:
+    memory = make_memory(loaded, units=4)
+    memory.prefetch(disk.set("a"))
+    loaded.wait_for(2)
+    disk.gate.clear()
+    disk.reading.clear()
+    late = memory.prefetch(disk.set("b"))
+    assert disk.reading.wait(10)
+    held = memory.reserve(disk.set("c", 3))
+    assert held is not None
+    disk.gate.set()
+    loaded.wait_until(lambda: held.ready)
+    loaded.wait_until(lambda: memory.state(("b" * 64, 0)) is State.ABSENT)
+    assert memory.state(("b" * 64, -1)) is State.READY, "it came when there was room"
+    assert memory.statistics().prefetch_wasted_bytes == 300
+    late.cancel()
+    memory.check_integrity()
+    memory.close()
+
+
 def test_a_reservation_says_from_which_layer_on_something_is_missing(disk: Disk, loaded: Signal) -> None:
     memory = make_memory(loaded, units=4)
     disk.gate.clear()

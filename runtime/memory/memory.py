@@ -3,8 +3,8 @@
 It knows nothing of prompts or layers' arithmetic; the engine reserves the visible set of a sequence and releases it.
 Read first: two sums never exceed the budget: the bytes of what is resident, and the bytes of what is reserved, loaded
 or not (with floors: `runtime.memory.accounts`). A load therefore always finds room by evicting what nobody holds, and
-it evicts only after the new bytes have been read and checked. A guess reserves nothing: what it reads may be evicted
-before anybody asks for it.
+it evicts only after the new bytes have been read and checked. A guess reserves nothing: what it names, read for it or
+there before, goes last, but it may go before anybody asks for it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class ExpertMemory:
     def prefetch(self, visible: VisibleSet, *, tenant: str = "", guess: bool = True) -> Prefetch:
         """Start reading what is absent because it may be wanted; reserves nothing and never fails.
 
-        Nothing is read where reserved bytes and open guesses would then exceed the budget: guesses never evict guesses.
+        Where reserved bytes and those that open guesses name would then exceed the budget, nothing happens: guesses
+        never evict guesses.
 
         Args:
             visible: what may be wanted.
@@ -133,24 +134,23 @@ class ExpertMemory:
             guess: count it, and prefer it to what nobody waits for; else it is as if used now.
 
         Returns:
-            the guess; `cancel` it when it turns out wrong, and what has not been read yet will not be.
+            the guess; `cancel` it when it turns out wrong, and what has not been read yet will not be, or when its
+            request ends.
         """
-        keys: list[UnitKey] = []
+        prefetch = Prefetch(tuple(wanted.key for wanted in visible.wanted), on_cancel=self._withdraw)
         begin: list[UnitKey] = []
         with self._lock:
-            slots, accounts = self._shelf.slots, self._shelf.accounts
-            absent = sum(wanted.num_bytes for wanted in visible.wanted if wanted.key not in slots)
-            if not self._closed and accounts.claimed() + accounts.guessed + absent <= self.budget_bytes:
+            foreseen = self._shelf.accounts.guessed + self._shelf.unforeseen(visible)
+            if not self._closed and self._shelf.accounts.claimed() + foreseen <= self.budget_bytes:
                 for wanted in visible.wanted:
-                    slot = slots.get(wanted.key)
+                    slot = self._shelf.slots.get(wanted.key)
                     if slot is None:
                         slot = self._shelf.add(wanted, tenant, guessed=guess)
                         begin.append(wanted.key)
-                    if slot.state is State.LOADING and guess:
-                        slot.guesses += 1
-                        keys.append(wanted.key)
+                    if guess:
+                        self._shelf.foresee(slot, prefetch)
                 self._loader.submit(begin, priority=Priority.GUESS)
-        return Prefetch(tuple(keys), on_cancel=self._withdraw)
+        return prefetch
 
     def missing_bytes(self, visible: VisibleSet) -> int:
         """Bytes of these that are neither in memory nor on their way."""
@@ -268,13 +268,12 @@ class ExpertMemory:
         with self._lock:
             for key in guess.keys:
                 slot = self._shelf.slots.get(key)
-                if slot is None or not slot.guesses:
+                if slot is None or guess not in slot.guesses:
                     continue
-                slot.guesses -= 1
+                self._shelf.end_guess(slot, guess)
                 unwanted = slot.guessed and not slot.guesses and slot.state is State.LOADING
                 if unwanted and self._loader.withdraw(key):
-                    self._shelf.settle_guess(slot)
-                    del self._shelf.slots[key]
+                    self._shelf.discard(slot)
 
     # ---- on a loader thread
 

@@ -107,7 +107,7 @@ class Prefetch:
     """Made by `ExpertMemory.prefetch` alone.
 
     Attributes:
-        keys: what was absent or on its way when the guess was made.
+        keys: what it names.
     """
 
     def __init__(self, keys: tuple[UnitKey, ...], *, on_cancel: Callable[[Prefetch], None]) -> None:
@@ -115,7 +115,7 @@ class Prefetch:
         self._on_cancel = [on_cancel]
 
     def cancel(self) -> None:
-        """The guess is over; reads that have not begun for anybody else's sake are withdrawn. Idempotent."""
+        """The guess is over; what was to be read for it alone, and has not been begun, is not read. Idempotent."""
         try:
             on_cancel = self._on_cancel.pop()  # one thread gets it
         except IndexError:

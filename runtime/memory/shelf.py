@@ -2,7 +2,7 @@
 
 It knows nothing of reads or reservations; `runtime.memory.memory` changes it under its lock.
 Read first: a slot's bytes count as resident while it has a value, as reserved while somebody references it (and it has
-not failed), as guessed while a guess brought it and nobody has asked for it.
+not failed), as guessed while an open guess names it and nobody references it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from runtime.errors import GreenroomError
 from runtime.memory.accounts import Accounts
 from runtime.memory.eviction import EvictionName, make_eviction
 from runtime.memory.keys import UnitKey
+from runtime.memory.reservation import Prefetch
 from runtime.memory.slot import Slot, State
 from runtime.memory.statistics import Counters
 from runtime.memory.tier import Tier
@@ -45,7 +46,6 @@ class Shelf:
         before = self.slots.get(wanted.key)
         failures, owner = (before.failures, before.owner) if before else (0, tenant)
         slot = self.slots[wanted.key] = Slot(wanted, guessed=guessed, owner=owner, failures=failures)
-        self.accounts.guessed += wanted.num_bytes if guessed else 0
         return slot
 
     def fresh(self, visible: VisibleSet, tenant: str) -> Counter[str]:
@@ -57,37 +57,49 @@ class Shelf:
                 fresh[self.accounts.owner(slot.owner if slot else tenant, tenant)] += wanted.num_bytes
         return fresh
 
+    def unforeseen(self, visible: VisibleSet) -> int:
+        """Bytes of a set that nobody holds and no open guess names."""
+        found = ((wanted, self.slots.get(wanted.key)) for wanted in visible.wanted)
+        return sum(wanted.num_bytes for wanted, slot in found if slot is None or not (slot.references or slot.foreseen))
+
     def reference(self, slot: Slot, tenant: str) -> bool:
-        """Hold a slot once more; True if it was an open guess until now."""
+        """Hold a slot once more; True if it was read for a guess and nobody has held it before."""
         owner = self.accounts.owner(slot.owner, tenant)
         if owner != slot.owner:
             self._move(slot, owner)
         if not slot.references:
             self.accounts.add_reserved(slot.owner, slot.num_bytes)
         slot.references += 1
+        self._weigh(slot)
         if slot.resident:
             self._eviction.used(slot.wanted.key, num_bytes=slot.num_bytes, load_s=slot.load_s)
-        return self.settle_guess(slot)
+        was_guessed, slot.guessed = slot.guessed, False
+        return was_guessed
 
     def dereference(self, slot: Slot) -> None:
         """End one hold of a slot."""
         slot.references -= 1
         if not slot.references and slot.state is not State.FAILED:
             self.accounts.add_reserved(slot.owner, -slot.num_bytes)
+            self._weigh(slot)
             if slot.state is State.RETIRED:
                 self.drop(slot.wanted.key)
 
-    def settle_guess(self, slot: Slot) -> bool:
-        """The slot is no open guess any more; True if it was one."""
-        was_guessed, slot.guessed = slot.guessed, False
-        self.accounts.guessed -= slot.num_bytes if was_guessed else 0
-        return was_guessed
+    def foresee(self, slot: Slot, guess: Prefetch) -> None:
+        """An open guess names a slot: while nobody holds it, it goes last."""
+        slot.guesses.add(guess)
+        self._weigh(slot)
+
+    def end_guess(self, slot: Slot, guess: Prefetch) -> None:
+        """It names it no more; nothing happens where it did not."""
+        slot.guesses.discard(guess)
+        self._weigh(slot)
 
     def admit(self, slot: Slot, value: Held) -> bool:
-        """What was read comes in; False, and the slot is gone, where there is no room for a guess."""
+        """What was read comes in; False, and the slot is gone, where there is no room for what nobody holds."""
         self.counters.loads += 1
         self.counters.bytes_read += slot.num_bytes
-        if not self._make_room(slot.num_bytes, slot.owner):
+        if not self._make_room(slot):
             assert not slot.references, "what is reserved always finds room"
             self.drop(slot.wanted.key)
             return False
@@ -100,14 +112,22 @@ class Shelf:
         """It could not be read; it stays quarantined until `retry_at`."""
         slot.state, slot.error, slot.retry_at = State.FAILED, error, retry_at
         self.counters.failures += 1
-        self.settle_guess(slot)
+        slot.guessed = False
+        self._weigh(slot)
         if slot.references:
             self.accounts.add_reserved(slot.owner, -slot.num_bytes)
 
+    def discard(self, slot: Slot) -> None:
+        """Forget a slot that nobody holds, and the guesses that name it."""
+        slot.guesses.clear()
+        self._weigh(slot)
+        del self.slots[slot.wanted.key]
+
     def drop(self, key: UnitKey) -> int:
         """Forget a slot that nobody holds; returns the bytes that it had in memory."""
-        slot = self.slots.pop(key)
-        self.counters.prefetch_wasted_bytes += slot.num_bytes if self.settle_guess(slot) else 0
+        slot = self.slots[key]
+        self.counters.prefetch_wasted_bytes += slot.num_bytes if slot.guessed else 0
+        self.discard(slot)
         self._tier.forget(key)
         if not slot.resident:
             return 0
@@ -146,14 +166,22 @@ class Shelf:
         assert accounts.resident == sum(slot.num_bytes for slot in slots if slot.resident), "resident bytes drifted"
         held = [slot for slot in slots if slot.references and slot.state is not State.FAILED]
         assert accounts.reserved == sum(slot.num_bytes for slot in held), "reserved bytes drifted"
-        assert accounts.guessed == sum(slot.num_bytes for slot in slots if slot.guessed), "guessed bytes drifted"
+        assert accounts.guessed == sum(slot.num_bytes for slot in slots if slot.foreseen), "guessed bytes drifted"
         assert all(self.slots[key].references for key in +self.pins), "something pinned is not held"
         for key, slot in self.slots.items():
             assert slot.references >= 0, f"{key}: negative references"
-            assert slot.guesses >= 0, f"{key}: negative guesses"
+            foreseen = bool(slot.guesses) and not slot.references and slot.state is not State.FAILED
+            assert slot.foreseen is foreseen, f"{key}: foreseen, and its guesses"
             in_memory = slot.state in {State.READY, State.RETIRED}
             assert slot.resident == in_memory, f"{key}: {slot.state} and its value"
             assert slot.placed is None or slot.resident, f"{key}: placed, but not in host memory"
+
+    def _weigh(self, slot: Slot) -> None:
+        """Whether it is foreseen may have changed."""
+        foreseen = bool(slot.guesses) and not slot.references and slot.state is not State.FAILED
+        if foreseen is not slot.foreseen:
+            slot.foreseen = foreseen
+            self.accounts.guessed += slot.num_bytes if foreseen else -slot.num_bytes
 
     def _move(self, slot: Slot, owner: str) -> None:
         for sign, name in ((-1, slot.owner), (1, owner)):
@@ -163,17 +191,20 @@ class Shelf:
                 self.accounts.add_reserved(name, sign * slot.num_bytes)
         slot.owner = owner
 
-    def _make_room(self, num_bytes: int, tenant: str) -> bool:
-        """Drop what is idle until so many bytes are free, open guesses last; drops nothing where that would not do."""
-        missing = self.accounts.resident + num_bytes - self.accounts.budget
+    def _make_room(self, new: Slot) -> bool:
+        """Drop what is idle until a slot's bytes are free; drops nothing where that would not do.
+
+        What is foreseen goes last, and only for what somebody holds.
+        """
+        missing = self.accounts.resident + new.num_bytes - self.accounts.budget
         going: dict[UnitKey, int] = {}
         of_owner: Counter[str] = Counter()
-        for guessed in (False, True):
+        for foreseen in (False, True) if new.references else (False,):
             order = self._eviction.order()
             while missing > 0 and (key := next(order, None)) is not None:
                 slot = self.slots[key]
-                protected = self.accounts.protects(slot.owner, tenant, but=of_owner[slot.owner])
-                if slot.idle and slot.guessed is guessed and not protected:
+                protected = self.accounts.protects(slot.owner, new.owner, but=of_owner[slot.owner])
+                if slot.idle and slot.foreseen is foreseen and not protected:
                     missing -= slot.num_bytes
                     of_owner[slot.owner] += slot.num_bytes
                     going[key] = slot.num_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import Enum
 
 from runtime.errors import GreenroomError
-from runtime.memory.reservation import Reservation
+from runtime.memory.reservation import Prefetch, Reservation
 from runtime.memory.wanted import Held, Wanted
 
 
@@ -28,8 +28,9 @@ class Slot:
 
     Attributes:
         references: reservations that hold it, and one while it is being placed.
-        guesses: open guesses that wait for it while it loads.
+        guesses: open guesses that name it.
         guessed: it was read because of a guess, and nobody has asked for it yet.
+        foreseen: an open guess names it and nobody holds it; its bytes count as guessed.
         owner: the tenant whose floor it counts for.
         failures: how often in a row it could not be read.
         retry_at: until then it is quarantined.
@@ -43,8 +44,9 @@ class Slot:
         self.wanted = wanted
         self.state = State.LOADING
         self.references = 0
-        self.guesses = 0
+        self.guesses: set[Prefetch] = set()
         self.guessed = guessed
+        self.foreseen = False
         self.owner = owner
         self.failures = failures
         self.value: Held | None = None
