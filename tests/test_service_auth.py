@@ -65,7 +65,11 @@ def test_a_known_token_is_let_in(serving: Serving) -> None:
         assert client.generate("one two").text == "one two"
 
 
-@pytest.mark.parametrize("token", [None, "", "wrong", INFER + "x", INFER[:-1], "x" * (MAX_TOKEN_CHARS + 1)])
+@pytest.mark.parametrize(
+    "token",
+    [None, "", "wrong", INFER + "x", INFER[:-1], "x" * (MAX_TOKEN_CHARS + 1)],
+    ids=["none", "empty", "wrong", "longer", "shorter", "too-long"],
+)
 def test_no_token_or_an_unknown_one_is_unauthenticated(
     serving: Serving, engine: ScriptedEngine, token: str | None
 ) -> None:
@@ -122,7 +126,11 @@ def test_the_engine_is_told_the_tokens_tenant_and_no_other(serving: Serving, eng
     assert [(request.text, request.tenant) for request in engine.requests] == [("own", "search"), ("named", "search")]
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", f"Basic {INFER}", INFER])
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer ", f"Basic {INFER}", INFER],
+    ids=["none", "empty", "scheme", "scheme-and-space", "basic", "no-scheme"],
+)
 def test_a_header_that_is_no_bearer_token_is_unauthenticated(header: str | None) -> None:
     with pytest.raises(UnauthenticatedError):
         tokens().principal(header)
