@@ -46,7 +46,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # The virtual path makes the generated imports start with greenroom.pb, which is where the stubs live.
 protos: $(VENV)/installed-dev

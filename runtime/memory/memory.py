@@ -269,7 +269,7 @@ class ExpertMemory:
             for key in guess.keys:
                 slot = self._shelf.slots.get(key)
                 if slot is None or guess not in slot.guesses:
-                    continue
+                    continue  # what it named has gone since
                 self._shelf.end_guess(slot, guess)
                 unwanted = slot.guessed and not slot.guesses and slot.state is State.LOADING
                 if unwanted and self._loader.withdraw(key):

@@ -91,8 +91,8 @@ class Shelf:
         self._weigh(slot)
 
     def end_guess(self, slot: Slot, guess: Prefetch) -> None:
-        """It names it no more; nothing happens where it did not."""
-        slot.guesses.discard(guess)
+        """A guess names a slot no more."""
+        slot.guesses.remove(guess)
         self._weigh(slot)
 
     def admit(self, slot: Slot, value: Held) -> bool:
@@ -170,15 +170,14 @@ class Shelf:
         assert all(self.slots[key].references for key in +self.pins), "something pinned is not held"
         for key, slot in self.slots.items():
             assert slot.references >= 0, f"{key}: negative references"
-            foreseen = bool(slot.guesses) and not slot.references and slot.state is not State.FAILED
-            assert slot.foreseen is foreseen, f"{key}: foreseen, and its guesses"
+            assert slot.foreseen is _is_foreseen(slot), f"{key}: foreseen, and its guesses"
             in_memory = slot.state in {State.READY, State.RETIRED}
             assert slot.resident == in_memory, f"{key}: {slot.state} and its value"
             assert slot.placed is None or slot.resident, f"{key}: placed, but not in host memory"
 
     def _weigh(self, slot: Slot) -> None:
         """Whether it is foreseen may have changed."""
-        foreseen = bool(slot.guesses) and not slot.references and slot.state is not State.FAILED
+        foreseen = _is_foreseen(slot)
         if foreseen is not slot.foreseen:
             slot.foreseen = foreseen
             self.accounts.guessed += slot.num_bytes if foreseen else -slot.num_bytes
@@ -214,3 +213,7 @@ class Shelf:
         for key in going:
             self.drop(key)
         return True
+
+
+def _is_foreseen(slot: Slot) -> bool:
+    return bool(slot.guesses) and not slot.references and slot.state is not State.FAILED
