@@ -341,10 +341,8 @@ def test_what_nobody_waits_for_goes_before_an_open_guess(disk: Disk, loaded: Sig
     memory = make_memory(loaded, units=4)
     memory.prefetch(disk.set("a"))
     loaded.wait_for(2)
-    idle = memory.reserve(disk.set("b"))
-    assert idle is not None
+    leave_idle(memory, disk, "b")
     loaded.wait_for(4)
-    idle.release()
     memory.prefetch(disk.set("c"))
     loaded.wait_for(6)
     guessed = memory.reserve(disk.set("a"))
@@ -357,11 +355,9 @@ def test_what_nobody_waits_for_goes_before_an_open_guess(disk: Disk, loaded: Sig
 
 def test_what_an_open_guess_names_stays_although_it_was_used_longest_ago(disk: Disk, loaded: Signal) -> None:
     memory = make_memory(loaded, units=4)
-    for i, name in enumerate("ab"):
-        idle = memory.reserve(disk.set(name))
-        assert idle is not None
-        loaded.wait_for(2 + 2 * i)
-        idle.release()
+    leave_idle(memory, disk, "a")
+    leave_idle(memory, disk, "b")
+    loaded.wait_for(4)
     guess = memory.prefetch(disk.set("a"))
     other = memory.reserve(disk.set("c"))
     assert other is not None
@@ -381,10 +377,8 @@ def test_what_an_open_guess_names_stays_although_it_was_used_longest_ago(disk: D
 
 def test_a_guess_is_read_only_beside_what_earlier_guesses_name(disk: Disk, loaded: Signal) -> None:
     memory = make_memory(loaded, units=2)
-    idle = memory.reserve(disk.set("a"))
-    assert idle is not None
+    leave_idle(memory, disk, "a")
     loaded.wait_for(2)
-    idle.release()
     named = memory.prefetch(disk.set("a"))
     memory.prefetch(disk.set("b"))
     named.cancel()
@@ -607,6 +601,13 @@ def test_precision_and_recall_follow_from_what_was_guessed_and_what_was_wanted(d
     assert statistics.prefetch_recall == pytest.approx(1 / 3)
     assert statistics.prefetch_precision == pytest.approx(200 / (200 + statistics.prefetch_wasted_bytes))
     memory.close()
+
+
+def leave_idle(memory: ExpertMemory, disk: Disk, name: str) -> None:
+    """Have a set read that nobody holds."""
+    reservation = memory.reserve(disk.set(name))
+    assert reservation is not None
+    reservation.release()
 
 
 def is_loading(units: Mapping[int, State]) -> bool:
