@@ -458,7 +458,7 @@ def churn_on(
         before = {name: served.engine.statistics().stall_s for name, served in engines.items()}
         for turn in range(PASSES * rounds):
             number = turn % rounds
-            for name in rotated([*ways], turn):
+            for name in rotated([*ways], turn + turn // rounds):
                 asked[name][number].append(arrivals(engines[name], num_tasks, rate, seed=number, cold=cold))
         memory = engines["prefetch"].engine.statistics().memory
         stalls = {name: served.engine.statistics().stall_s - before[name] for name, served in engines.items()}

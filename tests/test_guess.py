@@ -14,7 +14,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.request import Request, SamplingParams
 from runtime.engine.sequence import Sequence
 from runtime.errors import BlobMissingError
-from runtime.memory.reservation import Prefetch
+from runtime.memory.reservation import Prefetch, Reservation
 from runtime.memory.wanted import VisibleSet
 
 MakeEngine = Callable[..., Engine]
@@ -35,15 +35,21 @@ class Meanwhile:
         return Prefetch((), on_cancel=self.withdrawn.append)
 
 
-def sequence_of(engine: Engine, text: str) -> Sequence:
+def sequence_of(engine: Engine, text: str, *, task_weights: dict[str, float] | None = None) -> Sequence:
     """A sequence as `submit` makes it, of which the engine knows nothing."""
-    request = Request(request_id="r", text=text, sampling=SamplingParams(max_tokens=1))
+    request = Request(request_id="r", text=text, sampling=SamplingParams(max_tokens=1), task_weights=task_weights or {})
     return engine._arrival.sequence(request, engine.generation, lambda _event: None)
 
 
 def decide(sequence: Sequence, task: str | None) -> None:
     sequence.task = task
     sequence.decided = True
+
+
+def reserve(sequence: Sequence) -> None:
+    decide(sequence, "red")
+    nothing = VisibleSet(task="red", routers=None, wanted=())
+    sequence.reservation = Reservation(nothing, started=0.0, on_release=lambda _reservation: None)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +59,10 @@ def decide(sequence: Sequence, task: str | None) -> None:
         (lambda sequence: decide(sequence, "red"), 0),
         (lambda sequence: decide(sequence, "green"), 1),
         (lambda sequence: decide(sequence, None), 1),
+        (reserve, 1),
         (lambda sequence: sequence.finish("stop"), 1),
     ],
-    ids=["nothing", "right", "wrong", "no task", "ended"],
+    ids=["nothing", "right", "wrong", "no task", "reserved", "ended"],
 )
 def test_a_guess_that_comes_too_late_is_withdrawn_by_who_made_it(
     three_tasks: Workshop,
@@ -93,6 +100,31 @@ def test_a_guess_at_a_task_that_cannot_be_served_harms_no_request(
     assert sequence.guess is None
     del engine.generation.densities.faults["red"]
     assert ask(engine, prototypes["red"]).wait().error is None
+
+
+def test_a_guess_is_over_once_all_that_a_sequence_can_touch_is_reserved(
+    three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]
+) -> None:
+    engine = make_engine(three_tasks)
+    casting = engine._casting
+    ended: list[Prefetch] = []
+    located = sequence_of(engine, prototypes["red"])
+    together = sequence_of(engine, prototypes["red"], task_weights={"red": 0.5, "green": 0.5})
+    for sequence in (located, together):
+        sequence.guess = Prefetch((), on_cancel=ended.append)
+    decide(located, "red")
+    assert casting.stage(located)
+    assert ended == [located.guess]
+    decide(together, "red + green")
+    assert casting.stage(together)
+    assert ended == [located.guess], "routers alone are reserved, which will tell the experts"
+    together.layers_done = engine.generation.manifest.first_layer
+    until(lambda: (casting.check(together), together.mixture)[1] is not None)
+    assert casting.stage(together)
+    assert ended == [located.guess, together.guess]
+    for sequence in (located, together):
+        assert sequence.reservation is not None
+        sequence.reservation.release()
 
 
 def test_nobody_waits_for_a_guess(three_tasks: Workshop, make_engine: MakeEngine, prototypes: dict[str, str]) -> None:

@@ -389,6 +389,69 @@ def test_a_guess_is_read_only_beside_what_earlier_guesses_name(disk: Disk, loade
     memory.close()
 
 
+def test_a_second_guess_keeps_what_the_first_named_also_where_there_is_no_room_for_more(
+    disk: Disk, loaded: Signal
+) -> None:
+    memory = make_memory(loaded, units=4)
+    leave_idle(memory, disk, "a")
+    loaded.wait_for(2)
+    first = memory.prefetch(disk.set("a"))
+    held = memory.reserve(disk.set("b"))
+    late = memory.reserve(disk.set("c", 1))
+    assert held is not None
+    assert late is not None
+    second = memory.prefetch(disk.set("a"))
+    first.cancel()
+    loaded.wait_for(5)
+    held.release()
+    other = memory.reserve(disk.set("d", 1))
+    assert other is not None
+    loaded.wait_for(6)
+    states = [memory.state((name * 64, layer)) for name, layer in (("a", 0), ("b", -1))]
+    assert states == [State.READY, State.ABSENT], "b was used later, but somebody foresees a"
+    second.cancel()
+    memory.check_integrity()
+    memory.close()
+
+
+def test_a_guess_counts_for_the_floor_of_its_tenant(disk: Disk, loaded: Signal) -> None:
+    memory = make_memory(loaded, units=6, floors={"gold": 4 * UNIT_BYTES})
+    for units in (2, 3):
+        memory.prefetch(disk.set("a", units), tenant="gold")
+        loaded.wait_for(units)
+    assert disk.reads == [("a", -1), ("a", 0), ("a", 1)], "the floor is kept for this"
+    memory.prefetch(disk.set("b", 3), tenant="")
+    memory.prefetch(disk.set("c", 2), tenant="")
+    loaded.wait_for(5)
+    assert disk.reads[3:] == [("c", -1), ("c", 0)], "and not for others"
+    memory.check_integrity()
+    memory.close()
+
+
+def test_what_failed_takes_no_room_from_a_guess_and_what_lies_there_none_from_one_that_names_nothing(
+    disk: Disk, loaded: Signal
+) -> None:
+    memory = make_memory(loaded, units=4)
+    disk.bad = {("a", 0)}
+    over = memory.prefetch(disk.set("a"))
+    loaded.wait_for(2)
+    over.cancel()
+    held = memory.reserve(disk.set("h"))
+    assert held is not None
+    loaded.wait_for(4)
+    memory.prefetch(disk.set("a", 3))
+    loaded.wait_for(5)
+    assert disk.reads[-1] == ("a", 1), "one is there, one is bad, and for the third is room"
+    memory.evict({"a" * 64})
+    leave_idle(memory, disk, "c")
+    loaded.wait_for(7)
+    memory.prefetch(disk.set("c", 3), guess=False)
+    loaded.wait_for(8)
+    assert disk.reads[-1] == ("c", 1)
+    memory.check_integrity()
+    memory.close()
+
+
 def test_what_is_reserved_takes_the_room_of_guesses_and_a_guess_that_then_finds_none_is_given_up(
     disk: Disk, loaded: Signal
 ) -> None:

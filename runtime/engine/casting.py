@@ -75,7 +75,8 @@ class Casting:
         with suppress(GreenroomError):  # a task that cannot be served is no guess
             guess = self._guess(sequence, (task,))
             # The engine's thread first writes what is read here, and then looks for a guess; so one of the two sees it.
-            if sequence.phase is Phase.ENDED or (sequence.decided and sequence.task != task):
+            wrong = sequence.decided and sequence.task != task
+            if sequence.phase is Phase.ENDED or wrong or sequence.reservation is not None:
                 guess.cancel()
 
     def begin(self, sequence: Sequence) -> None:
@@ -129,6 +130,8 @@ class Casting:
         except GreenroomError as error:
             sequence.fail(error)
         sequence.awaits_experts = sequence.reservation is None and sequence.phase is not Phase.ENDED
+        if sequence.reservation is not None and sequence.guess is not None and _is_whole(sequence):
+            sequence.guess.cancel()  # what it named beyond that is not needed
         if sequence.reservation is not None and sequence.mixture is None:
             self._take_mixture(sequence)
             return self.stage(sequence) if sequence.awaits_experts else True
@@ -217,6 +220,11 @@ class Casting:
                 return
             sequence.reservation.release()
             sequence.reservation, sequence.awaits_experts = None, True
+
+
+def _is_whole(sequence: Sequence) -> bool:
+    """Whether what is reserved now is all that the sequence can touch, and not routers that will tell the rest."""
+    return sequence.mixture is not None or not _is_made_to_measure(sequence, sequence.tasks)
 
 
 def _is_made_to_measure(sequence: Sequence, tasks: tuple[str, ...]) -> bool:

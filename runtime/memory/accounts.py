@@ -22,9 +22,10 @@ class Accounts:
     def __init__(self, budget: int, floors: Mapping[str, int]) -> None:
         self.budget = budget
         self.floors = dict(floors)
-        self.resident = self.reserved = self.guessed = 0
+        self.resident = self.reserved = 0
         self.resident_of: Counter[str] = Counter()
         self.reserved_of: Counter[str] = Counter()
+        self.guessed_of: Counter[str] = Counter()
 
     def add_resident(self, owner: str, num_bytes: int) -> None:
         """Bytes of this owner came into memory; negative ones left it."""
@@ -35,6 +36,10 @@ class Accounts:
         """Bytes of this owner are held from now on; negative ones are not any more."""
         self.reserved += num_bytes
         self.reserved_of[owner] += num_bytes
+
+    def can_guess(self, fresh: Mapping[str, int]) -> bool:
+        """Whether guesses may name these bytes too, by owner: all that they name could still be reserved."""
+        return self.can_reserve(self.guessed_of + Counter(fresh))
 
     def owner(self, owner: str, tenant: str) -> str:
         """Whose a thing of `owner` is once `tenant` has reserved it: the first tenant with a floor keeps it."""

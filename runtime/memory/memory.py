@@ -125,8 +125,8 @@ class ExpertMemory:
     def prefetch(self, visible: VisibleSet, *, tenant: str = "", guess: bool = True) -> Prefetch:
         """Start reading what is absent because it may be wanted; reserves nothing and never fails.
 
-        Where reserved bytes and those that open guesses name would then exceed the budget, nothing happens: guesses
-        never evict guesses.
+        Nothing is read, and nothing more is kept, where the bytes that are reserved, those that open guesses name and
+        what floors keep would then exceed the budget: guesses never evict guesses.
 
         Args:
             visible: what may be wanted.
@@ -135,21 +135,21 @@ class ExpertMemory:
 
         Returns:
             the guess; `cancel` it when it turns out wrong, and what has not been read yet will not be, or when its
-            request ends.
+            request has reserved what it needs, or ends.
         """
         prefetch = Prefetch(tuple(wanted.key for wanted in visible.wanted), on_cancel=self._withdraw)
         begin: list[UnitKey] = []
         with self._lock:
-            foreseen = self._shelf.accounts.guessed + self._shelf.unforeseen(visible)
-            if not self._closed and self._shelf.accounts.claimed() + foreseen <= self.budget_bytes:
-                for wanted in visible.wanted:
-                    slot = self._shelf.slots.get(wanted.key)
-                    if slot is None:
-                        slot = self._shelf.add(wanted, tenant, guessed=guess)
-                        begin.append(wanted.key)
-                    if guess:
-                        self._shelf.foresee(slot, prefetch)
-                self._loader.submit(begin, priority=Priority.GUESS)
+            more = self._shelf.unforeseen(visible, tenant, guess=guess)
+            has_room = not self._closed and self._shelf.accounts.can_guess(more)
+            for wanted in visible.wanted:
+                slot = self._shelf.slots.get(wanted.key)
+                if slot is None and has_room:
+                    slot = self._shelf.add(wanted, tenant, guessed=guess)
+                    begin.append(wanted.key)
+                if guess and slot is not None and (has_room or slot.references or slot.foreseen):
+                    self._shelf.foresee(slot, prefetch)
+            self._loader.submit(begin, priority=Priority.GUESS)
         return prefetch
 
     def missing_bytes(self, visible: VisibleSet) -> int:

@@ -57,10 +57,16 @@ class Shelf:
                 fresh[self.accounts.owner(slot.owner if slot else tenant, tenant)] += wanted.num_bytes
         return fresh
 
-    def unforeseen(self, visible: VisibleSet) -> int:
-        """Bytes of a set that nobody holds and no open guess names."""
-        found = ((wanted, self.slots.get(wanted.key)) for wanted in visible.wanted)
-        return sum(wanted.num_bytes for wanted, slot in found if slot is None or not (slot.references or slot.foreseen))
+    def unforeseen(self, visible: VisibleSet, tenant: str, *, guess: bool) -> Counter[str]:
+        """Bytes by owner: what is absent of a set, and for a guess also what nobody holds and no other guess names."""
+        found: Counter[str] = Counter()
+        for wanted in visible.wanted:
+            slot = self.slots.get(wanted.key)
+            if slot is None:
+                found[tenant] += wanted.num_bytes
+            elif guess and not (slot.references or slot.foreseen or slot.state is State.FAILED):
+                found[slot.owner] += wanted.num_bytes
+        return found
 
     def reference(self, slot: Slot, tenant: str) -> bool:
         """Hold a slot once more; True if it was read for a guess and nobody has held it before."""
@@ -166,7 +172,10 @@ class Shelf:
         assert accounts.resident == sum(slot.num_bytes for slot in slots if slot.resident), "resident bytes drifted"
         held = [slot for slot in slots if slot.references and slot.state is not State.FAILED]
         assert accounts.reserved == sum(slot.num_bytes for slot in held), "reserved bytes drifted"
-        assert accounts.guessed == sum(slot.num_bytes for slot in slots if slot.foreseen), "guessed bytes drifted"
+        guessed: Counter[str] = Counter()
+        for slot in slots:
+            guessed[slot.owner] += slot.num_bytes if slot.foreseen else 0
+        assert +accounts.guessed_of == +guessed, "guessed bytes drifted"
         assert all(self.slots[key].references for key in +self.pins), "something pinned is not held"
         for key, slot in self.slots.items():
             assert slot.references >= 0, f"{key}: negative references"
@@ -180,7 +189,7 @@ class Shelf:
         foreseen = _is_foreseen(slot)
         if foreseen is not slot.foreseen:
             slot.foreseen = foreseen
-            self.accounts.guessed += slot.num_bytes if foreseen else -slot.num_bytes
+            self.accounts.guessed_of[slot.owner] += slot.num_bytes if foreseen else -slot.num_bytes
 
     def _move(self, slot: Slot, owner: str) -> None:
         for sign, name in ((-1, slot.owner), (1, owner)):
@@ -188,6 +197,8 @@ class Shelf:
                 self.accounts.add_resident(name, sign * slot.num_bytes)
             if slot.references and slot.state is not State.FAILED:
                 self.accounts.add_reserved(name, sign * slot.num_bytes)
+            if slot.foreseen:
+                self.accounts.guessed_of[name] += sign * slot.num_bytes
         slot.owner = owner
 
     def _make_room(self, new: Slot) -> bool:
