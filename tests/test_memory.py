@@ -415,15 +415,17 @@ def test_a_second_guess_keeps_what_the_first_named_also_where_there_is_no_room_f
 
 
 def test_a_guess_counts_for_the_floor_of_its_tenant(disk: Disk, loaded: Signal) -> None:
-    memory = make_memory(loaded, units=6, floors={"gold": 4 * UNIT_BYTES})
-    for units in (2, 3):
-        memory.prefetch(disk.set("a", units), tenant="gold")
-        loaded.wait_for(units)
+    memory = make_memory(loaded, units=5, floors={"gold": 4 * UNIT_BYTES})
+    over = memory.prefetch(disk.set("a"), tenant="gold")
+    loaded.wait_for(2)
+    over.cancel()
+    memory.prefetch(disk.set("a", 3), tenant="gold")
+    loaded.wait_for(3)
     assert disk.reads == [("a", -1), ("a", 0), ("a", 1)], "the floor is kept for this"
-    memory.prefetch(disk.set("b", 3), tenant="")
-    memory.prefetch(disk.set("c", 2), tenant="")
-    loaded.wait_for(5)
-    assert disk.reads[3:] == [("c", -1), ("c", 0)], "and not for others"
+    memory.prefetch(disk.set("b"))
+    memory.prefetch(disk.set("c", 1))
+    loaded.wait_for(4)
+    assert disk.reads[3:] == [("c", -1)], "and not for others"
     memory.check_integrity()
     memory.close()
 
