@@ -463,7 +463,7 @@ def churn_on(
         memory = engines["prefetch"].engine.statistics().memory
         stalls = {name: served.engine.statistics().stall_s - before[name] for name, served in engines.items()}
     settled = memory.prefetch_useful_bytes + memory.prefetch_wasted_bytes
-    count = 50 * rounds
+    stall_ms = {name: 1e3 * seconds / (PASSES * 50 * rounds) for name, seconds in stalls.items()}
     found = {name: [[*map(statistics.median, zip(*times, strict=True))] for times in asked[name]] for name in ways}
     every = {name: [seconds for times in asked[name] for turn in times for seconds in turn] for name in ways}
 
@@ -480,16 +480,15 @@ def churn_on(
         figures[f"mean_ttft_{name}_over_{other}"] = sum(map(sum, found[name])) / sum(map(sum, found[other]))
         ratio = partial(over, name, other, 0.99)
         figures[f"p99_ttft_{name}_over_{other}_interval"] = interval(range(rounds), ratio)
-        figures[f"p99_ttft_{name}_over_{other}_every_time"] = percentile(every[name], 0.99) / percentile(
-            every[other], 0.99
-        )
+        p99, other_p99 = (percentile(every[way], 0.99) for way in (name, other))
+        figures[f"p99_ttft_{name}_over_{other}_every_time"] = p99 / other_p99
     return figures | {
         **{f"p{share}_ttft_{name}_ms": 1e3 * pooled(name, share / 100) for name in ways for share in (50, 99)},
-        "requests_each_way": count,
+        "requests_each_way": 50 * rounds,
         "requests_per_s": rate,
-        "stall_ms_per_request": 1e3 * stalls["prefetch"] / (PASSES * count),
-        "stall_ms_per_request_off": 1e3 * stalls["off"] / (PASSES * count),
-        "stall_ms_per_request_demand": 1e3 * stalls["demand"] / (PASSES * count),
+        "stall_ms_per_request": stall_ms["prefetch"],
+        "stall_ms_per_request_off": stall_ms["off"],
+        "stall_ms_per_request_demand": stall_ms["demand"],
         "prefetch_precision": memory.prefetch_precision,
         "prefetch_recall": memory.prefetch_recall,
         "wasted_bytes_share": memory.prefetch_wasted_bytes / max(1, settled),

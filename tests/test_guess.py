@@ -119,7 +119,12 @@ def test_a_guess_is_over_once_all_that_a_sequence_can_touch_is_reserved(
     assert casting.stage(together)
     assert ended == [located.guess], "routers alone are reserved, which will tell the experts"
     together.layers_done = engine.generation.manifest.first_layer
-    until(lambda: (casting.check(together), together.mixture)[1] is not None)
+
+    def is_cast() -> bool:
+        casting.check(together)
+        return together.mixture is not None
+
+    until(is_cast)
     assert casting.stage(together)
     assert ended == [located.guess, together.guess]
     for sequence in (located, together):

@@ -37,9 +37,13 @@ class Accounts:
         self.reserved += num_bytes
         self.reserved_of[owner] += num_bytes
 
-    def can_guess(self, fresh: Mapping[str, int]) -> bool:
+    def add_guessed(self, owner: str, num_bytes: int) -> None:
+        """Bytes of this owner are foreseen from now on; negative ones are not any more."""
+        self.guessed_of[owner] += num_bytes
+
+    def can_guess(self, fresh: Counter[str]) -> bool:
         """Whether guesses may name these bytes too, by owner: all that they name could still be reserved."""
-        return self.can_reserve(self.guessed_of + Counter(fresh))
+        return self.can_reserve(self.guessed_of + fresh)
 
     def owner(self, owner: str, tenant: str) -> str:
         """Whose a thing of `owner` is once `tenant` has reserved it: the first tenant with a floor keeps it."""

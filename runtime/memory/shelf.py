@@ -189,7 +189,7 @@ class Shelf:
         foreseen = _is_foreseen(slot)
         if foreseen is not slot.foreseen:
             slot.foreseen = foreseen
-            self.accounts.guessed_of[slot.owner] += slot.num_bytes if foreseen else -slot.num_bytes
+            self.accounts.add_guessed(slot.owner, slot.num_bytes if foreseen else -slot.num_bytes)
 
     def _move(self, slot: Slot, owner: str) -> None:
         for sign, name in ((-1, slot.owner), (1, owner)):
@@ -198,7 +198,7 @@ class Shelf:
             if slot.references and slot.state is not State.FAILED:
                 self.accounts.add_reserved(name, sign * slot.num_bytes)
             if slot.foreseen:
-                self.accounts.guessed_of[name] += sign * slot.num_bytes
+                self.accounts.add_guessed(name, sign * slot.num_bytes)
         slot.owner = owner
 
     def _make_room(self, new: Slot) -> bool:
